@@ -1,0 +1,195 @@
+"""Named inputs. Every maker returns float64 tensors that `inputs` casts, so that all dtypes see the same numbers."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from adasplash2 import reference
+
+LENGTHS = (0, 1, 5, 6, 7, 63, 64, 65, 97, 127, 200, 257, 515, 1025)  # around tiles of 6 rows and 64 keys, and primes
+HEAD_DIMS = (1, 8, 40, 59, 64, 96, 128, 256)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ALPHAS = (1.5, 2.0, 1.25, 1.1, 1.75)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention problem; the number of key and value heads and the value head dim default to the query's."""
+
+    batch: int = 1
+    heads: int = 2
+    num_queries: int = 64
+    num_keys: int = 64
+    head_dim: int = 64
+    kv_heads: int | None = None
+    value_head_dim: int | None = None
+
+    @property
+    def query(self) -> tuple[int, ...]:
+        return (self.batch, self.heads, self.num_queries, self.head_dim)
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        return (self.batch, self.kv_heads or self.heads, self.num_keys, self.head_dim)
+
+    @property
+    def value(self) -> tuple[int, ...]:
+        return (*self.key[:-1], self.value_head_dim or self.head_dim)
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        return (*self.query[:-1], self.value[-1])
+
+
+Maker = Callable[[Shape, torch.Generator], tuple[Tensor, Tensor]]  # query and key; value is Gaussian in every case
+
+
+def randn(size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float64)
+
+
+def gaussian(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return randn(shape.query, generator), randn(shape.key, generator)
+
+
+def mean_support(query: Tensor, key: Tensor, alpha: float) -> float:
+    """Mean number of keys with prob > 0, over at most 64 rows of the first head."""
+    query, key = query[:1, :1, :64].float(), key[:1, :1].float()
+    score = query @ key.mT / query.shape[-1] ** 0.5
+    return (reference.entmax(score, alpha) > 0).sum(-1).float().mean().item()
+
+
+def gaussian_with_support(fraction: float) -> Maker:
+    """Gaussian q and k, q scaled by bisection so that the mean support at alpha = 1.5 is `fraction` of the keys."""
+
+    def make(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        query, key = gaussian(shape, generator)
+        target = max(1.0, fraction * shape.num_keys)
+        low, high = 1e-3, 1e3
+        for _ in range(14):
+            middle = (low * high) ** 0.5
+            if mean_support(query * middle, key, alpha=1.5) > target:
+                low = middle
+            else:
+                high = middle
+        return query * (low * high) ** 0.5, key
+
+    return make
+
+
+def one_hot(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Query i matches key i (modulo Nk) so well that it attends to nothing else (to its neighbours where D is tiny)."""
+    key = torch.nn.functional.normalize(randn(shape.key, generator), dim=-1)
+    matching = torch.arange(shape.num_queries) % shape.num_keys
+    query = key[:, :, matching].repeat_interleave(shape.heads // key.shape[1], dim=1)
+    return query * 200.0, key
+
+
+def tied(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Seven distinct keys, repeated: every score occurs many times, exactly."""
+    query, key = gaussian(shape, generator)
+    return query * 2.0, key[:, :, torch.arange(shape.num_keys) % 7 % max(shape.num_keys, 1)]
+
+
+def constant(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One key everywhere: all scores of a row are equal, prob is uniform."""
+    query, key = gaussian(shape, generator)
+    return query, key[:, :, :1].expand(shape.key).clone()
+
+
+def rising(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Scores that climb along the keys by 20 in all: every new key is a new maximum, so bounds are late everywhere."""
+    direction = torch.nn.functional.normalize(randn((shape.head_dim,), generator), dim=-1)
+    ramp = torch.linspace(0.0, 20.0, shape.num_keys, dtype=torch.float64)[:, None]
+    query = direction.expand(shape.query) * shape.head_dim**0.5
+    return query + 0.1 * randn(shape.query, generator), ramp * direction + 0.1 * randn(shape.key, generator)
+
+
+def block_structured(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Queries in blocks of 64 attend to one block of 64 keys each, so that most tiles are dead."""
+    num_blocks = max(shape.num_queries, shape.num_keys) // 64 + 1
+    topic = torch.nn.functional.normalize(randn((num_blocks, shape.head_dim), generator), dim=-1)
+    query_topic = topic[(torch.arange(shape.num_queries) // 64 * 7 + 3) % max(1, -(-shape.num_keys // 64))]
+    key_topic = topic[torch.arange(shape.num_keys) // 64]
+    query = 12.0 * shape.head_dim**0.5 * query_topic + 0.3 * randn(shape.query, generator)
+    return query, key_topic + 0.02 * randn(shape.key, generator)
+
+
+def outlier_channel(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One channel of the keys is 20 times the others, as in trained models: poison for coarse quantisation."""
+    query, key = gaussian(shape, generator)
+    key[..., shape.head_dim // 2] *= 20.0
+    return query, key
+
+
+def huge_scores(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Scores up to about 1e4."""
+    query, key = gaussian(shape, generator)
+    return query * (1e4 / 3.0 / shape.head_dim**0.5) ** 0.5 * 3.0, key * (1e4 / 3.0 / shape.head_dim**0.5) ** 0.5
+
+
+def denormal(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Keys of 2e-39 (float32 and bfloat16 denormals; zero in float16): prob is uniform to within rounding."""
+    query, key = gaussian(shape, generator)
+    return query, key * 2e-39
+
+
+def mixed_rows(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Row scales from 0.01 to 30: supports of one key and of all keys within one block of rows."""
+    query, key = gaussian(shape, generator)
+    scale = torch.logspace(-2.0, 1.5, shape.num_queries, dtype=torch.float64)
+    return query * scale[torch.randperm(shape.num_queries, generator=generator)][:, None], key
+
+
+MAKERS: dict[str, Maker] = {
+    "gaussian": gaussian,
+    "sparse": gaussian_with_support(0.02),
+    "support_10_percent": gaussian_with_support(0.1),
+    "support_25_percent": gaussian_with_support(0.25),
+    "dense": gaussian_with_support(0.8),
+    "mixed_rows": mixed_rows,
+    "one_hot": one_hot,
+    "tied": tied,
+    "constant": constant,
+    "rising": rising,
+    "block_structured": block_structured,
+    "outlier_channel": outlier_channel,
+    "huge_scores": huge_scores,
+    "denormal": denormal,
+}
+
+
+@functools.lru_cache(maxsize=64)
+def _made(name: str, shape: Shape, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    query, key = MAKERS[name](shape, generator)
+    return query, key, randn(shape.value, generator), randn(shape.out, generator)
+
+
+def inputs(name: str, shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
+    """query, key, value and the gradient of out, freshly allocated."""
+    return tuple(t.to(dtype, copy=True) for t in _made(name, shape, seed))
+
+
+def poisoned(tensor: Tensor, layout: str = "slice") -> Tensor:
+    """The same values as a view of a buffer that is NaN everywhere else.
+
+    Layouts of the last two dimensions: "slice" leaves gaps of NaN around rows and columns, "transposed" has rows next
+    to each other in memory (so the last dimension is strided), "strided" takes every other column.
+    """
+    *leading, rows, cols = tensor.shape
+    if layout == "slice":
+        view = tensor.new_full((*leading, rows + 3, cols + 5), float("nan"))[..., 2 : rows + 2, 3 : cols + 3]
+    elif layout == "transposed":
+        view = tensor.new_full((*leading, cols + 2, rows + 3), float("nan"))[..., 1 : cols + 1, 2 : rows + 2].mT
+    elif layout == "strided":
+        view = tensor.new_full((*leading, rows, 2 * cols + 1), float("nan"))[..., 1::2][..., :cols]
+    else:
+        raise ValueError(f"layout must be slice, transposed or strided, got {layout}")
+    view.copy_(tensor)
+    return view

@@ -1,0 +1,42 @@
+"""Fixtures: which implementation runs (`path`), with which instructions (`isa`), on how many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import adasplash2
+from adasplash2 import _C, reference
+from tolerance import Attention
+
+PATHS: dict[str, Attention] = {"reference": reference.entmax_attention, "cpu": adasplash2.entmax_attention}
+
+
+@pytest.fixture(params=PATHS)
+def path(request: pytest.FixtureRequest) -> Attention:
+    """An attention function. The reference is one of them: whatever it must satisfy by definition, it is tested for."""
+    return PATHS[request.param]
+
+
+@pytest.fixture(params=_C.isa_levels())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine can run, in use for the length of the test."""
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
