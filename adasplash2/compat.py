@@ -2,9 +2,9 @@
 
     from adasplash2.compat import adasplash, triton_entmax
 
-Its conventions hold: scores are scaled by 1 / sqrt(D); :func:`adasplash` is causal by default, the v1 functions are not;
-``varlen`` (B,) gives the valid length of each sequence, and output rows past it are zero. Its limits do not: any length,
-head dim, strides and float dtype; keys and values with fewer heads than the queries in every function.
+Its conventions hold: scores are scaled by 1 / sqrt(D); :func:`adasplash` is causal by default, the v1 functions are
+not; ``varlen`` (B,) gives the valid length of each sequence, and output rows past it are zero. Its limits do not: any
+length, head dim, strides and float dtype will do, and keys and values may have fewer heads than queries everywhere.
 
 Solver settings (``niter``, ``n_iter``, ``use_histogram``, ``fast_math``) are accepted and have no effect: tau is always
 exact to rounding here.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ ALPHAS = (1.5, 2.0, 1.25, 1.1, 1.75)
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one attention problem; the number of key and value heads and the value head dim default to the query's."""
+    """Sizes of one attention problem; kv_heads and value_head_dim default to heads and head_dim."""
 
     batch: int = 1
     heads: int = 2

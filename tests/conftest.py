@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tolerance import Attention
 
 import adasplash2
 from adasplash2 import _C, reference
-from tolerance import Attention
 
 PATHS: dict[str, Attention] = {"reference": reference.entmax_attention, "cpu": adasplash2.entmax_attention}
 

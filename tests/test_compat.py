@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 
+import cases
 import pytest
 import torch
 
-import cases
 from adasplash2 import compat, reference
 
 # Name -> parameters with defaults, as published in adasplash 0.2.2.

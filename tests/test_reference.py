@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+import cases
 import pytest
 import torch
 
-import cases
 from adasplash2 import reference
 
 NAN, INF = math.nan, math.inf

@@ -13,8 +13,9 @@ independent, so they add in quadrature: |d out| ~ b u z sqrt(sum_j gap_j^(2b - 2
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
