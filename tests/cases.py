@@ -176,6 +176,13 @@ def inputs(name: str, shape: Shape, dtype: torch.dtype = torch.float32, seed: in
     return tuple(t.to(dtype, copy=True) for t in _made(name, shape, seed))
 
 
+def inputs_with_support(fraction: float, shape: Shape, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    """Gaussian inputs whose mean support at alpha = 1.5 is `fraction` of the keys."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = gaussian_with_support(fraction)(shape, generator)
+    return tuple(t.to(dtype) for t in (query, key, randn(shape.value, generator), randn(shape.out, generator)))
+
+
 def poisoned(tensor: Tensor, layout: str = "slice") -> Tensor:
     """The same values as a view of a buffer that is NaN everywhere else.
 
@@ -193,3 +200,83 @@ def poisoned(tensor: Tensor, layout: str = "slice") -> Tensor:
         raise ValueError(f"layout must be slice, transposed or strided, got {layout}")
     view.copy_(tensor)
     return view
+
+
+@dataclass(frozen=True)
+class Case:
+    """One named input at one size, dtype and alpha."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    alpha: float
+    is_causal: bool = False
+
+    def __str__(self) -> str:
+        shape = self.shape
+        return (
+            f"{self.name}-{str(self.dtype).removeprefix('torch.')}-alpha{self.alpha}"
+            f"-{shape.num_queries}x{shape.num_keys}-d{shape.head_dim}{'-causal' if self.is_causal else ''}"
+        )
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        return inputs(self.name, self.shape, self.dtype)
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"alpha": self.alpha, "is_causal": self.is_causal}
+
+
+def _pairwise_cases() -> list[Case]:
+    """Every (name, alpha), (name, dtype) and (alpha, dtype) pair at least once; lengths and head dims rotate beside."""
+    lengths = [n for n in LENGTHS if 0 < n < 500]
+    result = []
+    for name_index, name in enumerate(MAKERS):
+        for alpha_index, alpha in enumerate(ALPHAS):
+            for turn in range(2):
+                index = len(result)
+                shape = Shape(
+                    num_queries=lengths[index % len(lengths)],
+                    num_keys=lengths[(3 * index + index // len(lengths)) % len(lengths)],
+                    head_dim=HEAD_DIMS[index % len(HEAD_DIMS)],
+                )
+                dtype = DTYPES[(name_index + alpha_index + 2 * turn) % len(DTYPES)]
+                result.append(Case(name, shape, dtype, alpha, is_causal=index % 3 == 2))
+    return result
+
+
+def _long(
+    name: str, num_queries: int, num_keys: int, dtype: torch.dtype = torch.float32, alpha: float = 1.5, **options: bool
+) -> Case:
+    return Case(name, Shape(heads=1, num_queries=num_queries, num_keys=num_keys), dtype, alpha, **options)
+
+
+PAIRWISE_CASES = _pairwise_cases()
+
+# Rows of 515 keys and more, from supports of a few keys to supports of nearly all of them, and both within one block.
+LONG_CASES = [
+    _long("sparse", 257, 1025),
+    _long("sparse", 515, 515, torch.bfloat16, is_causal=True),
+    _long("sparse", 200, 1025, alpha=1.25),
+    _long("support_10_percent", 257, 1500),
+    _long("support_10_percent", 127, 1025, torch.float16),
+    _long("support_25_percent", 257, 1025, is_causal=True),
+    _long("support_25_percent", 200, 1500, torch.bfloat16),
+    _long("dense", 257, 1025),
+    _long("dense", 515, 515, is_causal=True),
+    _long("dense", 130, 1500, torch.bfloat16),
+    _long("dense", 130, 1025, torch.float64),
+    _long("dense", 130, 1025, alpha=2.0),
+    _long("dense", 130, 1025, alpha=1.1),
+    _long("dense", 130, 1025, torch.bfloat16, alpha=1.75),
+    _long("mixed_rows", 515, 1500),
+    _long("mixed_rows", 257, 1025, torch.bfloat16, is_causal=True),
+    _long("mixed_rows", 257, 1025, alpha=1.25),
+    _long("rising", 130, 1500),
+    _long("rising", 130, 1025, torch.bfloat16, alpha=1.75),
+    _long("constant", 65, 1500),
+    _long("tied", 65, 1500, torch.float16),
+    _long("outlier_channel", 127, 1025),
+    _long("huge_scores", 127, 1025),
+    _long("block_structured", 1025, 1025, torch.bfloat16),
+]

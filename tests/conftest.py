@@ -38,5 +38,9 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _repeatable() -> Iterator[None]:
+    """Fixed seeds, and memory that nobody wrote is NaN (torch fills `empty` so in its deterministic mode)."""
     torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

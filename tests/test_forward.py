@@ -1,0 +1,49 @@
+"""out and tau against the float64 reference: every named input, dtype, alpha and instruction set."""
+
+from __future__ import annotations
+
+import functools
+
+import cases
+import pytest
+import tolerance
+
+import adasplash2
+
+
+@functools.lru_cache(maxsize=256)  # one case runs once per instruction set, against the same expectation
+def expected(case: cases.Case) -> tolerance.Expected:
+    query, key, value, _ = case.inputs()
+    return tolerance.expect(query, key, value, **case.options)
+
+
+def check_forward(case: cases.Case) -> None:
+    query, key, value, _ = case.inputs()
+    result = tolerance.run(adasplash2.entmax_attention, query, key, value, **case.options)
+    tolerance.assert_result(result, expected(case))
+
+
+@pytest.mark.parametrize("case", cases.PAIRWISE_CASES, ids=str)
+def test_forward(case, isa):
+    check_forward(case)
+
+
+@pytest.mark.parametrize("case", cases.LONG_CASES, ids=str)
+def test_forward_long(case, isa):
+    check_forward(case)
+
+
+@pytest.mark.parametrize("percent", [1, 3, 6, 12, 18, 25, 35, 50, 70, 95])
+def test_forward_through_every_density(percent, isa):
+    """Supports from 1% to 95% of 700 keys: each way of holding a support is met, and each passage between them."""
+    shape = cases.Shape(heads=1, num_queries=97, num_keys=700)
+    query, key, value, _ = cases.inputs_with_support(percent / 100, shape)
+    tolerance.check(adasplash2.entmax_attention, query, key, value)
+
+
+@pytest.mark.parametrize("num_keys", cases.LENGTHS)
+@pytest.mark.parametrize("num_queries", [1, 64, 97])
+def test_forward_lengths(num_queries, num_keys):
+    shape = cases.Shape(num_queries=num_queries, num_keys=num_keys, head_dim=40)
+    query, key, value, _ = cases.inputs("gaussian", shape)
+    tolerance.check(adasplash2.entmax_attention, query, key, value)
