@@ -1,0 +1,133 @@
+#include "cuda/launch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "cuda/config.h"
+#include "cuda/passes.h"
+#include "error.h"
+#include "math/block_mask.h"
+#include "math/histogram.h"
+
+namespace adasplash2::cuda {
+namespace {
+
+constexpr int64_t kAlignment = 16;
+constexpr int64_t kLargestGridYZ = 65535;
+
+int64_t align_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+int64_t num_heads_in_all(const AttentionProblem& problem) { return problem.batch * problem.num_heads; }
+int64_t num_rows_in_all(const AttentionProblem& problem) { return num_heads_in_all(problem) * problem.num_queries; }
+
+BlockMaskShape mask_shape(const AttentionProblem& problem) {
+  return {static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys)};
+}
+
+int64_t column_mask_bytes(const AttentionProblem& problem) {
+  return num_heads_in_all(problem) * mask_shape(problem).column_words() * int64_t(sizeof(uint32_t));
+}
+
+const Passes& find_passes(const AttentionProblem& problem) {
+  static const Passes* const kInstances[] = {&sm80::bfloat16_64, &sm80::bfloat16_128, &sm80::bfloat16_256,
+                                             &sm80::float16_64,  &sm80::float16_128,  &sm80::float16_256};
+  const int head_dim = instance_head_dim(std::max(problem.head_dim, problem.value_head_dim));
+  for (const Passes* passes : kInstances) {
+    if (passes->dtype == problem.dtype && passes->head_dim == head_dim) return *passes;
+  }
+  throw NotBuilt("adasplash2: dtype: the CUDA kernels take bfloat16 and float16");
+}
+
+void require_aligned(const Rows& rows, DataType dtype, const char* name) {
+  require(rows.data != nullptr, std::string(name) + " is missing");
+  require(is_aligned(rows, dtype), std::string(name) + ": rows must be 16-byte aligned");
+}
+
+void require_aligned_inputs(const AttentionProblem& problem) {
+  require_aligned(problem.query, problem.dtype, "query");
+  require_aligned(problem.key, problem.dtype, "key");
+  require_aligned(problem.value, problem.dtype, "value");
+}
+
+bool is_empty(const AttentionProblem& problem) { return num_rows_in_all(problem) == 0 || problem.num_keys == 0; }
+
+}  // namespace
+
+bool is_aligned(const Rows& rows, DataType dtype) {
+  const int64_t size = size_of(dtype);
+  return reinterpret_cast<uintptr_t>(rows.data) % kAlignment == 0 && rows.stride_batch * size % kAlignment == 0 &&
+         rows.stride_head * size % kAlignment == 0 && rows.stride_row * size % kAlignment == 0;
+}
+
+int64_t block_mask_bytes(const AttentionProblem& problem) {
+  return num_heads_in_all(problem) * mask_shape(problem).row_words() * int64_t(sizeof(uint32_t));
+}
+
+int64_t forward_workspace_bytes(const AttentionProblem& problem) {
+  const int64_t num_rows = num_rows_in_all(problem);
+  return align_up(num_rows * int64_t(sizeof(float))) + align_up(block_mask_bytes(problem)) + align_up(num_rows);
+}
+
+int64_t backward_workspace_bytes(const AttentionProblem& problem) {
+  return align_up(num_rows_in_all(problem) * int64_t(sizeof(float))) + align_up(column_mask_bytes(problem));
+}
+
+void require_supported(const AttentionProblem& problem) {
+  const auto not_built = [](const std::string& message) { throw NotBuilt("adasplash2: " + message); };
+  if (problem.dtype != DataType::kBFloat16 && problem.dtype != DataType::kFloat16) {
+    not_built("dtype: the CUDA kernels take bfloat16 and float16");
+  }
+  if (problem.mask.data != nullptr) not_built("attn_mask is not built for CUDA");
+  if (!(problem.scale > 0.0) || !std::isfinite(problem.scale)) not_built("scale must be positive on CUDA");
+  const int64_t largest_dim = std::max(problem.head_dim, problem.value_head_dim);
+  if (largest_dim > kLargestHeadDim) not_built("head dims above 256 are not built for CUDA");
+  if (problem.head_dim % 8 != 0 || problem.value_head_dim % 8 != 0) {
+    not_built("head dims that are not multiples of 8 are not built for CUDA");
+  }
+  if (problem.num_queries > kMaxKeys || problem.num_keys > kMaxKeys) not_built("more than 2^20 queries or keys");
+  if (problem.batch > kLargestGridYZ || 2 * problem.num_heads > kLargestGridYZ)
+    not_built("more than 2^15 heads or 2^16 sequences");
+  require(problem.num_kv_heads > 0 && problem.num_heads % problem.num_kv_heads == 0,
+          "the heads of query must be a multiple of those of key and value");
+  require(problem.alpha_heads != nullptr || (problem.alpha > 1.0 && problem.alpha <= 2.0), "alpha must be in (1, 2]");
+}
+
+void forward(const Forward& call) {
+  const AttentionProblem& problem = call.problem;
+  require_supported(problem);
+  if (is_empty(problem)) throw NotBuilt("adasplash2: empty tensors are not built for CUDA");
+  require_aligned_inputs(problem);
+  require_aligned(call.out, problem.dtype, "out");
+  if (call.gap_mean_v.data != nullptr) require_aligned(call.gap_mean_v, problem.dtype, "gap_mean_v");
+
+  uint8_t* bytes = static_cast<uint8_t*>(call.workspace);
+  ForwardWorkspace workspace;
+  workspace.tau_lower = reinterpret_cast<float*>(bytes);
+  bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
+  workspace.scan_mask = reinterpret_cast<uint32_t*>(bytes);
+  bytes += align_up(block_mask_bytes(problem));
+  workspace.is_coarse = bytes;
+  find_passes(problem).forward(call, workspace);
+}
+
+void backward(const Backward& call) {
+  const AttentionProblem& problem = call.problem;
+  require_supported(problem);
+  if (is_empty(problem)) throw NotBuilt("adasplash2: empty tensors are not built for CUDA");
+  require_aligned_inputs(problem);
+  require_aligned(call.gap_mean_v, problem.dtype, "gap_mean_v");
+  require_aligned(call.grad_out, problem.dtype, "grad_out");
+  require_aligned(call.grad_query, problem.dtype, "grad_query");
+  require_aligned(call.grad_key, problem.dtype, "grad_key");
+  require_aligned(call.grad_value, problem.dtype, "grad_value");
+
+  uint8_t* bytes = static_cast<uint8_t*>(call.workspace);
+  BackwardWorkspace workspace;
+  workspace.delta = reinterpret_cast<float*>(bytes);
+  bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
+  workspace.column_mask = reinterpret_cast<uint32_t*>(bytes);
+  find_passes(problem).backward(call, workspace);
+}
+
+}  // namespace adasplash2::cuda

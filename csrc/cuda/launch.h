@@ -1,0 +1,48 @@
+// Forward and backward on a CUDA stream, for a caller that owns all memory. Nothing here allocates, waits for the
+// device or synchronises, so both can be captured in a graph. Every pointer is to device memory of the stream's device.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace adasplash2::cuda {
+
+struct Forward {
+  AttentionProblem problem;
+  Rows out;              // (B, H, Nq, Dv)
+  Rows gap_mean_v;       // (B, H, Nq, Dv), data nullable: saved for the backward pass
+  float* tau = nullptr;  // (B, H, Nq) contiguous; +inf for a row without keys, NaN for a row with a NaN score
+  int32_t* support_size = nullptr;  // (B, H, Nq) contiguous, nullable: keys with gap > 0 before the last step for tau
+  uint32_t* block_mask = nullptr;   // block_mask_bytes(problem), by rows (math/block_mask.h)
+  void* workspace = nullptr;  // forward_workspace_bytes(problem), 16-byte aligned; free again once the pass is done
+  void* stream = nullptr;     // cudaStream_t
+};
+
+struct Backward {
+  AttentionProblem problem;
+  const float* tau = nullptr;            // these three as the forward pass left them
+  const uint32_t* block_mask = nullptr;  //
+  Rows gap_mean_v;                       //
+  Rows grad_out;                         // (B, H, Nq, Dv)
+  Rows grad_query;                       // (B, H, Nq, D)
+  Rows grad_key;                         // (B, Hkv, Nk, D)
+  Rows grad_value;                       // (B, Hkv, Nk, Dv)
+  void* workspace = nullptr;             // backward_workspace_bytes(problem), 16-byte aligned
+  void* stream = nullptr;                // cudaStream_t
+};
+
+int64_t block_mask_bytes(const AttentionProblem& problem);
+int64_t forward_workspace_bytes(const AttentionProblem& problem);
+int64_t backward_workspace_bytes(const AttentionProblem& problem);
+
+// Rows must start on 16 bytes and their strides be multiples of 16 bytes; the caller copies others.
+bool is_aligned(const Rows& rows, DataType dtype);
+
+// Throws NotBuilt, naming the option, for what these kernels cannot do, std::invalid_argument for what nothing can.
+void require_supported(const AttentionProblem& problem);
+
+void forward(const Forward& call);
+void backward(const Backward& call);
+
+}  // namespace adasplash2::cuda

@@ -1,0 +1,35 @@
+// One kernel instance as the launch layer sees it: an architecture, an element type and a head dim, all passes.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/launch.h"
+
+namespace adasplash2::cuda {
+
+// What forward and backward keep in the caller's workspace.
+struct ForwardWorkspace {
+  float* tau_lower;     // (B, H, Nq)
+  uint32_t* scan_mask;  // as the block mask
+  uint8_t* is_coarse;   // (B, H, Nq)
+};
+
+struct BackwardWorkspace {
+  float* delta;           // (B, H, Nq)
+  uint32_t* column_mask;  // the block mask by columns
+};
+
+struct Passes {
+  DataType dtype = DataType::kBFloat16;
+  int head_dim = 0;
+  void (*forward)(const Forward&, const ForwardWorkspace&) = nullptr;
+  void (*backward)(const Backward&, const BackwardWorkspace&) = nullptr;
+};
+
+namespace sm80 {
+// One definition a file in instances/.
+extern const Passes bfloat16_64, bfloat16_128, bfloat16_256;
+extern const Passes float16_64, float16_128, float16_256;
+}  // namespace sm80
+
+}  // namespace adasplash2::cuda

@@ -1,0 +1,44 @@
+// The device's view of params.h: one head's pointers, its range of work and its numbers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "math/entmax.h"
+#include "math/work_range.h"
+#include "params.h"
+
+namespace adasplash2::cuda {
+
+template <typename Element>
+__device__ __forceinline__ Element* head_rows(const Rows& rows, int batch, int head) {
+  return static_cast<Element*>(rows.data) + batch * rows.stride_batch + head * rows.stride_head;
+}
+
+__device__ __forceinline__ WorkRange work_range(const AttentionProblem& problem, int batch) {
+  const int num_keys = static_cast<int>(problem.num_keys);
+  int length = num_keys;
+  if (problem.key_lengths != nullptr) {
+    const int64_t given = problem.key_lengths[batch];
+    length = given < 0 ? 0 : given < num_keys ? static_cast<int>(given) : num_keys;
+  }
+  return {static_cast<int>(problem.num_queries), num_keys, length, problem.is_causal};
+}
+
+__device__ __forceinline__ float head_alpha(const AttentionProblem& problem, int batch, int head) {
+  if (problem.alpha_heads == nullptr) return static_cast<float>(problem.alpha);
+  return static_cast<float>(problem.alpha_heads[batch * problem.alpha_stride_batch + head * problem.alpha_stride_head]);
+}
+
+// z = score_to_z * <q, k>
+__device__ __forceinline__ float score_to_z(const AttentionProblem& problem, float alpha) {
+  return (alpha - 1.0f) * static_cast<float>(problem.scale);
+}
+
+// Index of a row in a contiguous (B, H, Nq) tensor.
+__device__ __forceinline__ int64_t row_index(const AttentionProblem& problem, int batch, int head, int row) {
+  return (batch * problem.num_heads + head) * problem.num_queries + row;
+}
+
+}  // namespace adasplash2::cuda

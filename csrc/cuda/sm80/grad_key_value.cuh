@@ -1,0 +1,210 @@
+// Backward, dk and dv: over the live query blocks of 64 keys, dV = P^T dO, dK = sigma dS^T Q (docs/algorithm.md,
+// section 5). The heads of a group are added up inside the block, in a fixed order: no atomics, the same bits each run.
+//
+//   in   query, key, value, grad_out, tau, delta, block_mask by columns
+//   out  grad_key (B, Hkv, Nk, D), grad_value (B, Hkv, Nk, Dv)
+//
+// Grid (key tiles, Hkv * chunks of gradient columns, B). A warp owns 16 keys and works on the transposes S^T = K Q^T
+// and dP^T = V dO^T, so that P^T and dS^T are left operands without passing through shared memory. Four products a
+// tile.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <dynamic_smem.cuh>
+
+#include "cuda/config.h"
+#include "cuda/problem.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/shared_address.cuh"
+#include "cuda/sm80/grad_query.cuh"
+#include "cuda/tile/fragment.cuh"
+#include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/tile_copy.cuh"
+#include "math/block_mask.h"
+#include "math/entmax.h"
+
+namespace adasplash2::cuda {
+
+// The live (head, query block) pairs of one key tile, in order: heads of the group, then blocks of kBlockM rows.
+template <int kBlockM>
+class LiveQueryBlocks {
+ public:
+  __device__ __forceinline__ LiveQueryBlocks(const uint32_t* g_columns, int64_t stride_head, int first_head,
+                                             int num_heads, int num_words)
+      : g_columns_(g_columns),
+        stride_head_(stride_head),
+        head_(first_head),
+        end_head_(first_head + num_heads),
+        num_words_(num_words) {}
+
+  // Moves to the next pair; false when there is none.
+  __device__ __forceinline__ bool next() {
+    while (bits_ == 0) {
+      if (++word_ == num_words_) {
+        word_ = 0;
+        ++head_;
+      }
+      if (head_ == end_head_) return false;
+      bits_ = g_columns_[head_ * stride_head_ + word_];
+    }
+    const int first_group = (__ffs(static_cast<int>(bits_)) - 1) / kGroups * kGroups;
+    bits_ &= ~(((1u << kGroups) - 1u) << first_group);
+    row_begin_ = (word_ * 32 + first_group) * kMaskRows;
+    return true;
+  }
+  __device__ __forceinline__ int head() const { return head_; }
+  __device__ __forceinline__ int row_begin() const { return row_begin_; }
+
+ private:
+  static constexpr int kGroups = kBlockM / kMaskRows;
+  static_assert(32 % kGroups == 0, "a block's groups lie in one word");
+
+  const uint32_t* g_columns_;
+  int64_t stride_head_;
+  int head_, end_head_, num_words_;
+  int word_ = -1;
+  int row_begin_ = 0;
+  uint32_t bits_ = 0;
+};
+
+template <typename Element, int kHeadDim, AlphaKind kKind>
+__global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
+    grad_key_value_kernel(const GradParams params) {
+  using Config = GradKeyValueConfig<kHeadDim>;
+  constexpr int kFragmentsM = Config::kBlockM / kMmaN;  // queries are the columns here
+  constexpr int kFragmentsGrad = Config::kGradChunk / kMmaN;
+  constexpr int kStageBytes = Config::kBlockM * kHeadDim * 2;
+  constexpr int kStatStageBytes = Config::kBlockM * 4;
+
+  const AttentionProblem& problem = params.problem;
+  const int num_kv_heads = static_cast<int>(problem.num_kv_heads);
+  const int batch = blockIdx.z, kv_head = blockIdx.y % num_kv_heads, grad_chunk = blockIdx.y / num_kv_heads;
+  const int group_size = static_cast<int>(problem.num_heads) / num_kv_heads;
+  const int key_tile = blockIdx.x, key_begin = key_tile * Config::kBlockN;
+  const int warp = warp_id(), lane = lane_id();
+  const int warp_key = key_begin + warp * kMmaM;
+  const int grad_begin = grad_chunk * Config::kGradChunk;
+
+  const WorkRange range = work_range(problem, batch);
+  const int num_keys = range.num_keys, num_rows = range.num_live_rows();
+  const int key_end = min(range.length, num_keys);
+  const int head_dim = static_cast<int>(problem.head_dim), value_head_dim = static_cast<int>(problem.value_head_dim);
+
+  // Shared memory: keys | values | query ring | grad_out ring | tau ring | delta ring.
+  uint8_t* smem = dynamic_smem();
+  const uint32_t s_key = ptx::shared_address(smem);
+  const uint32_t s_value = s_key + Config::kKeyBytes;
+  const uint32_t s_query = s_value + Config::kKeyBytes;
+  const uint32_t s_grad_out = s_query + Config::kQueryBytes;
+  const uint32_t s_tau = s_grad_out + Config::kQueryBytes;
+  const uint32_t s_delta = s_tau + Config::kStatBytes;
+  const float* s_stats = reinterpret_cast<const float*>(smem + 2 * Config::kKeyBytes + 2 * Config::kQueryBytes);
+
+  // Phase 1: keys and values stay in shared memory (their fragments would take the registers of dk and dv).
+  copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(s_key,
+                                                               head_rows<const Element>(problem.key, batch, kv_head),
+                                                               problem.key.stride_row, key_begin, key_end, head_dim);
+  copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
+      s_value, head_rows<const Element>(problem.value, batch, kv_head), problem.value.stride_row, key_begin, key_end,
+      value_head_dim);
+  RowFragmentsInSmem<kHeadDim> key, value;
+  key.load(s_key, warp * kMmaM);
+  value.load(s_value, warp * kMmaM);
+  int first_row[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) first_row[half] = range.first_row_of(warp_key + accumulator_row(lane, half));
+
+  // Phase 2: the live query blocks of all heads of the group, the copies one block ahead.
+  const BlockMaskShape mask_shape(range.num_queries, num_keys);
+  const int64_t head_words = mask_shape.column_words();
+  LiveQueryBlocks<Config::kBlockM> blocks(
+      params.block_mask + batch * problem.num_heads * head_words + int64_t(key_tile) * mask_shape.group_words(),
+      head_words, kv_head * group_size, group_size, mask_shape.group_words());
+  const auto copy = [&](int stage) {
+    const int head = blocks.head(), row_begin = blocks.row_begin();
+    copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
+        s_query + stage * kStageBytes, head_rows<const Element>(problem.query, batch, head), problem.query.stride_row,
+        row_begin, num_rows, head_dim);
+    copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
+        s_grad_out + stage * kStageBytes, head_rows<const Element>(params.grad_out, batch, head),
+        params.grad_out.stride_row, row_begin, num_rows, value_head_dim);
+    for (int i = threadIdx.x; i < Config::kBlockM; i += Config::kThreads) {
+      const bool is_there = row_begin + i < num_rows;
+      const int64_t index = is_there ? row_index(problem, batch, head, row_begin + i) : 0;
+      ptx::cp_async_4(s_tau + stage * kStatStageBytes + i * 4, params.tau + index, is_there ? 4 : 0);
+      ptx::cp_async_4(s_delta + stage * kStatStageBytes + i * 4, params.delta + index, is_there ? 4 : 0);
+    }
+  };
+
+  float grad_key[kFragmentsGrad][4], grad_value[kFragmentsGrad][4];
+  clear(grad_key);
+  clear(grad_value);
+  bool has_block = blocks.next();
+  if (has_block) copy(0);
+  ptx::cp_async_commit();
+  for (int stage = 0; has_block; stage ^= 1) {
+    const int head = blocks.head(), row_begin = blocks.row_begin();
+    has_block = blocks.next();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (has_block) copy(stage ^ 1);
+    ptx::cp_async_commit();
+
+    const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
+    const Entmax<kKind> entmax{alpha};
+    const float* s_block_tau = s_stats + stage * Config::kBlockM;
+    const float* s_block_delta = s_block_tau + Config::kStages * Config::kBlockM;
+    // No pair of the block is masked where its first row sees the tile's last key and its last row is not padding.
+    const bool is_edge =
+        range.num_visible_keys(row_begin) < key_begin + Config::kBlockN || row_begin + Config::kBlockM > num_rows;
+
+    float prob[kFragmentsM][4], weight[kFragmentsM][4];  // transposed: 16 keys x kBlockM queries
+    multiply_transposed<Element, kHeadDim>(weight, key, s_query + stage * kStageBytes);
+    bool is_live = false;
+#pragma unroll
+    for (int n = 0; n < kFragmentsM; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int col = n * kMmaN + accumulator_col(lane, e % 2), row = row_begin + col;
+        float gap = fmaxf(weight[n][e] * to_z - s_block_tau[col], 0.0f);
+        if (is_edge && (row < first_row[e / 2] || row >= num_rows)) gap = 0.0f;
+        weight[n][e] = entmax.weight(gap);
+        prob[n][e] = entmax.prob(gap, weight[n][e]);
+        is_live |= gap > 0.0f;
+      }
+    }
+    if (!__any_sync(kAllLanes, is_live)) continue;
+
+    multiply_add<Element, kHeadDim>(grad_value, prob, s_grad_out + stage * kStageBytes, grad_begin / kChunkElements);
+    float grad_score[kFragmentsM][4];  // dP^T first
+    multiply_transposed<Element, kHeadDim>(grad_score, value, s_grad_out + stage * kStageBytes);
+#pragma unroll
+    for (int n = 0; n < kFragmentsM; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float delta = s_block_delta[n * kMmaN + accumulator_col(lane, e % 2)];
+        grad_score[n][e] = weight[n][e] * (grad_score[n][e] - delta);
+      }
+    }
+    multiply_add<Element, kHeadDim>(grad_key, grad_score, s_query + stage * kStageBytes, grad_begin / kChunkElements);
+  }
+  ptx::cp_async_wait<0>();
+
+  // Phase 3: store.
+  const float scale = static_cast<float>(problem.scale);
+#pragma unroll
+  for (int n = 0; n < kFragmentsGrad; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) grad_key[n][e] *= scale;
+  }
+  const auto store = [&](const Rows& rows, const float (&acc)[kFragmentsGrad][4], int num_cols) {
+    Element* g_rows = head_rows<Element>(rows, batch, kv_head) + warp_key * rows.stride_row + grad_begin;
+    store_rows(g_rows, rows.stride_row, acc, num_keys - warp_key, num_cols - grad_begin);
+  };
+  store(params.grad_key, grad_key, head_dim);
+  store(params.grad_value, grad_value, value_head_dim);
+}
+
+}  // namespace adasplash2::cuda

@@ -1,0 +1,172 @@
+// Backward, dq: dS = weight (dP - delta) over the live tiles of 64 rows, dQ = sigma dS K (docs/algorithm.md, section
+// 5).
+//
+//   in   query, key, value, grad_out (B, H, Nq, Dv), tau and block_mask of the forward pass, delta (B, H, Nq)
+//   out  grad_query (B, H, Nq, D)
+//
+// Grid (blocks of 64 rows, H, B). A warp owns 16 rows. Three products a tile: Q K^T, dO V^T, dS K.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <dynamic_smem.cuh>
+#include <type_traits>
+
+#include "cuda/config.h"
+#include "cuda/problem.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/shared_address.cuh"
+#include "cuda/tile/fragment.cuh"
+#include "cuda/tile/live_tiles.cuh"
+#include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/tile_copy.cuh"
+#include "math/block_mask.h"
+#include "math/entmax.h"
+
+namespace adasplash2::cuda {
+
+struct GradParams {
+  AttentionProblem problem;
+  const float* tau;            // (B, H, Nq) contiguous
+  const float* delta;          // (B, H, Nq) contiguous
+  const uint32_t* block_mask;  // by rows for dq, by columns for dk and dv
+  Rows grad_out;
+  Rows grad_query;
+  Rows grad_key;
+  Rows grad_value;
+};
+
+template <typename Element, int kHeadDim, AlphaKind kKind>
+__global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
+    grad_query_kernel(const GradParams params) {
+  using Config = GradQueryConfig<kHeadDim>;
+  using Fragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kHeadDim>, RowFragmentsInSmem<kHeadDim>>;
+  constexpr int kFragmentsN = Config::kBlockN / kMmaN;
+  constexpr int kStageBytes = Config::kBlockN * kHeadDim * 2;
+  constexpr int kPartsPerTile = kMaskKeys / Config::kBlockN;
+
+  const AttentionProblem& problem = params.problem;
+  const int batch = blockIdx.z, head = blockIdx.y;
+  const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
+  const int warp = warp_id(), lane = lane_id();
+  const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * kMaskRows;
+
+  const WorkRange range = work_range(problem, batch);
+  const int num_queries = range.num_queries;
+  const int head_dim = static_cast<int>(problem.head_dim), value_head_dim = static_cast<int>(problem.value_head_dim);
+  const int key_end = range.max_visible_keys(row_begin, row_begin + Config::kBlockM);
+  const int unmasked_end = range.num_visible_keys(max(warp_row, range.first_row_of(0)));
+  const Element* g_key = head_rows<const Element>(problem.key, batch, kv_head);
+  const Element* g_value = head_rows<const Element>(problem.value, batch, kv_head);
+
+  // Shared memory: queries | grad_out | key ring | value ring.
+  const uint32_t s_query = ptx::shared_address(dynamic_smem());
+  const uint32_t s_grad_out = s_query + Config::kQueryBytes;
+  const uint32_t s_key = s_grad_out + Config::kQueryBytes;
+  const uint32_t s_value = s_key + Config::kKeyBytes;
+
+  // Phase 1: what stays for the whole block.
+  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
+      s_query, head_rows<const Element>(problem.query, batch, head), problem.query.stride_row, row_begin, num_queries,
+      head_dim);
+  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
+      s_grad_out, head_rows<const Element>(params.grad_out, batch, head), params.grad_out.stride_row, row_begin,
+      num_queries, value_head_dim);
+  ptx::cp_async_commit();
+  const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
+  const Entmax<kKind> entmax{alpha};
+  float tau[2], delta[2];
+  int visible[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp_row + accumulator_row(lane, half);
+    const int64_t index = row_index(problem, batch, head, row);
+    tau[half] = row < num_queries ? params.tau[index] : INFINITY;
+    delta[half] = row < num_queries ? params.delta[index] : 0.0f;
+    visible[half] = range.num_visible_keys(row);
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  Fragments query, grad_out;
+  query.load(s_query, warp * kMmaM);
+  grad_out.load(s_grad_out, warp * kMmaM);
+
+  // Phase 2: the live tiles, in parts of kBlockN keys, the copies one part ahead.
+  const BlockMaskShape mask_shape(num_queries, range.num_keys);
+  const int first_group = row_begin / kMaskRows;
+  LiveTiles tiles(params.block_mask + (batch * problem.num_heads + head) * mask_shape.row_words() +
+                      int64_t(first_group) * mask_shape.key_words(),
+                  min(Config::kWarps, mask_shape.num_row_groups - first_group), mask_shape.key_words(),
+                  ceil_div(key_end, kMaskKeys));
+  int tile = -1, part = kPartsPerTile - 1;
+  const auto next_key = [&] {
+    if (++part == kPartsPerTile) {
+      part = 0;
+      tile = tiles.next();
+    }
+    return tile < 0 ? -1 : tile * kMaskKeys + part * Config::kBlockN;
+  };
+  const auto copy = [&](int key_begin, int stage) {
+    if (key_begin >= 0) {
+      copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
+          s_key + stage * kStageBytes, g_key, problem.key.stride_row, key_begin, key_end, head_dim);
+      copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
+          s_value + stage * kStageBytes, g_value, problem.value.stride_row, key_begin, key_end, value_head_dim);
+    }
+    ptx::cp_async_commit();
+  };
+
+  float grad_query[kHeadDim / kMmaN][4];
+  clear(grad_query);
+  int key_begin = next_key();
+  copy(key_begin, 0);
+  for (int stage = 0; key_begin >= 0; stage ^= 1) {
+    const int next_key_begin = next_key();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    copy(next_key_begin, stage ^ 1);
+
+    float weight[kFragmentsN][4];
+    multiply_transposed<Element, kHeadDim>(weight, query, s_key + stage * kStageBytes);
+    bool is_live = false;
+#pragma unroll
+    for (int n = 0; n < kFragmentsN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float gap = fmaxf(weight[n][e] * to_z - tau[e / 2], 0.0f);
+        if (key_begin + Config::kBlockN > unmasked_end &&
+            key_begin + n * kMmaN + accumulator_col(lane, e % 2) >= visible[e / 2]) {
+          gap = 0.0f;
+        }
+        weight[n][e] = entmax.weight(gap);
+        is_live |= gap > 0.0f;
+      }
+    }
+    if (__any_sync(kAllLanes, is_live)) {
+      float grad_score[kFragmentsN][4];  // dP first
+      multiply_transposed<Element, kHeadDim>(grad_score, grad_out, s_value + stage * kStageBytes);
+#pragma unroll
+      for (int n = 0; n < kFragmentsN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) grad_score[n][e] = weight[n][e] * (grad_score[n][e] - delta[e / 2]);
+      }
+      multiply_add<Element, kHeadDim>(grad_query, grad_score, s_key + stage * kStageBytes, 0);
+    }
+    key_begin = next_key_begin;
+  }
+
+  // Phase 3: store. A row whose tau is NaN has no gradient either.
+  const float scale = static_cast<float>(problem.scale);
+#pragma unroll
+  for (int n = 0; n < kHeadDim / kMmaN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) grad_query[n][e] = std::isnan(tau[e / 2]) ? NAN : grad_query[n][e] * scale;
+  }
+  store_rows(head_rows<Element>(params.grad_query, batch, head) + warp_row * params.grad_query.stride_row,
+             params.grad_query.stride_row, grad_query, num_queries - warp_row, head_dim);
+}
+
+}  // namespace adasplash2::cuda

@@ -1,0 +1,315 @@
+// Pass B, the output: live tiles only; the last step for tau is folded in (docs/algorithm.md, section 4).
+//
+//   in   query, key, value (B, Hkv, Nk, Dv); tau_lower, is_coarse and scan_mask as the scan left them
+//   out  out (B, H, Nq, Dv)          = (A_p - d b A_w) / (f - d b g), to first order sum prob v at tau
+//        gap_mean_v (B, H, Nq, Dv)   = A_w / g, taken at tau0
+//        tau (B, H, Nq)              = tau0 + d
+//        support_size (B, H, Nq)     = n, taken at tau0
+//        block_mask                  = the tiles with a gap > 0 at tau0; as tau0 <= tau it covers the support at tau
+//
+// where A_p = sum gap^b v, A_w = sum gap^(b-1) v, f = sum gap^b, g = sum gap^(b-1), n = #{gap > 0}, all at tau0, and
+// tau0 is tau_lower, refined first in the blocks where a row is coarse.
+//
+// Grid (blocks of 64 rows, H * chunks of value columns, B). A warp owns 16 rows.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <dynamic_smem.cuh>
+#include <type_traits>
+
+#include "cuda/config.h"
+#include "cuda/problem.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/shared_address.cuh"
+#include "cuda/tile/fragment.cuh"
+#include "cuda/tile/live_tiles.cuh"
+#include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/tile_copy.cuh"
+#include "math/block_mask.h"
+#include "math/entmax.h"
+#include "math/histogram.h"
+
+namespace adasplash2::cuda {
+
+struct OutputParams {
+  AttentionProblem problem;
+  const float* tau_lower;
+  const uint8_t* is_coarse;
+  const uint32_t* scan_mask;
+  Rows out;
+  Rows gap_mean_v;        // data nullable: not wanted
+  float* tau;             // (B, H, Nq) contiguous
+  int32_t* support_size;  // (B, H, Nq) contiguous, nullable
+  uint32_t* block_mask;
+};
+
+// NOTE: Newton on the norm squares the relative distance to tau: after a step of 1/8 of the mean gap or less what
+// remains is below kMaxRelativeShift. A row that needs more passes than this has stopped gaining from them.
+constexpr float kLargestLastRefinement = 0.125f;
+constexpr int kMaxRefinements = 6;
+
+// The two rows of a lane.
+struct RowPair {
+  float tau[2];
+  int visible[2];
+};
+
+// Turns 16 x 8 kN scores into gaps at tau, in place; a NaN score gives no gap. Returns whether a row of the warp has
+// one.
+template <int kN>
+__device__ __forceinline__ bool scores_to_gaps(float (&score)[kN][4], const RowPair& rows, float to_z, int key_begin,
+                                               bool is_edge) {
+  const int lane = lane_id();
+  bool is_live = false;
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      float gap = fmaxf(score[n][e] * to_z - rows.tau[e / 2], 0.0f);
+      if (is_edge && key_begin + n * kMmaN + accumulator_col(lane, e % 2) >= rows.visible[e / 2]) gap = 0.0f;
+      is_live |= gap > 0.0f;
+      score[n][e] = gap;
+    }
+  }
+  return __any_sync(kAllLanes, is_live);
+}
+
+__device__ __forceinline__ RowSums quad_sum(const RowSums& sums) {
+  return {quad_sum(sums.prob), quad_sum(sums.weight), quad_sum(sums.count)};
+}
+
+template <typename Element, int kHeadDim, AlphaKind kKind>
+__global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
+    output_kernel(const OutputParams params) {
+  using Config = OutputConfig<kHeadDim>;
+  using Fragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kHeadDim>, RowFragmentsInSmem<kHeadDim>>;
+  constexpr int kFragmentsN = Config::kKeysPerStep / kMmaN;
+  constexpr int kFragmentsV = Config::kValueChunk / kMmaN;
+  constexpr int kKeyStageBytes = Config::kBlockN * kHeadDim * 2;
+  constexpr int kValueStageBytes = Config::kBlockN * Config::kValueChunk * 2;
+
+  const AttentionProblem& problem = params.problem;
+  const int batch = blockIdx.z, head = blockIdx.y % problem.num_heads, value_chunk = blockIdx.y / problem.num_heads;
+  const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
+  const int warp = warp_id(), lane = lane_id();
+  const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * kMaskRows;
+  const int value_begin = value_chunk * Config::kValueChunk;
+  const int num_value_cols = min(static_cast<int>(problem.value_head_dim) - value_begin, Config::kValueChunk);
+
+  const WorkRange range = work_range(problem, batch);
+  const int num_queries = range.num_queries, head_dim = static_cast<int>(problem.head_dim);
+  const int key_end = range.max_visible_keys(row_begin, row_begin + Config::kBlockM);
+  const int unmasked_end = range.num_visible_keys(max(warp_row, range.first_row_of(0)));
+  const Element* g_query = head_rows<const Element>(problem.query, batch, head);
+  const Element* g_key = head_rows<const Element>(problem.key, batch, kv_head);
+  const Element* g_value = head_rows<const Element>(problem.value, batch, kv_head) + value_begin;
+  const int64_t head_row = row_index(problem, batch, head, 0);
+
+  const BlockMaskShape mask_shape(num_queries, range.num_keys);
+  const int group = warp_row / kMaskRows;
+  const int64_t mask_offset = (batch * problem.num_heads + head) * mask_shape.row_words();
+  const int first_group = row_begin / kMaskRows;
+  const int num_groups = min(Config::kWarps, mask_shape.num_row_groups - first_group);
+  const auto live_tiles = [&] {
+    return LiveTiles(params.scan_mask + mask_offset + int64_t(first_group) * mask_shape.key_words(), num_groups,
+                     mask_shape.key_words(), ceil_div(key_end, kMaskKeys));
+  };
+
+  // Shared memory: queries | key ring | value ring | one flag a warp.
+  uint8_t* smem = dynamic_smem();
+  const uint32_t s_query = ptx::shared_address(smem);
+  const uint32_t s_key = s_query + Config::kQueryBytes;
+  const uint32_t s_value = s_key + Config::kKeyBytes;
+  int* s_flags = reinterpret_cast<int*>(smem + Config::kQueryBytes + Config::kKeyBytes + Config::kValueBytes);
+
+  const auto copy_keys = [&](int tile, int stage) {
+    copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
+        s_key + stage * kKeyStageBytes, g_key, problem.key.stride_row, tile * Config::kBlockN, key_end, head_dim);
+  };
+  const auto copy_values = [&](int tile, int stage) {
+    copy_tile_async<Config::kBlockN, Config::kValueChunk, Config::kThreads>(
+        s_value + stage * kValueStageBytes, g_value, problem.value.stride_row, tile * Config::kBlockN, key_end,
+        num_value_cols);
+  };
+
+  // Phase 1: the queries and what the scan found.
+  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(s_query, g_query, problem.query.stride_row, row_begin,
+                                                               num_queries, head_dim);
+  ptx::cp_async_commit();
+  const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
+  const Entmax<kKind> entmax{alpha};
+  RowPair rows;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp_row + accumulator_row(lane, half);
+    rows.visible[half] = range.num_visible_keys(row);
+    rows.tau[half] = row < num_queries ? params.tau_lower[head_row + row] : INFINITY;
+  }
+  bool is_coarse = false;
+  for (int row = row_begin + lane; row < min(row_begin + Config::kBlockM, num_queries); row += kWarpSize) {
+    is_coarse |= params.is_coarse[head_row + row] != 0;
+  }
+  is_coarse = __any_sync(kAllLanes, is_coarse);  // every warp looks at all rows of the block: no barrier needed
+
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  Fragments query;
+  query.load(s_query, warp * kMmaM);
+
+  // Runs body(tile, stage) over the live tiles, the copies one tile ahead.
+  const auto for_each_live_tile = [&](const auto& copy, const auto& body) {
+    LiveTiles tiles = live_tiles();
+    int tile = tiles.next();
+    if (tile >= 0) copy(tile, 0);
+    ptx::cp_async_commit();
+    for (int stage = 0; tile >= 0; stage ^= 1) {
+      const int next_tile = tiles.next();
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      if (next_tile >= 0) copy(next_tile, stage ^ 1);
+      ptx::cp_async_commit();
+      body(tile, stage);
+      tile = next_tile;
+    }
+    __syncthreads();  // the stages are free again
+  };
+
+  const auto compute_gaps = [&](float (&gap)[kFragmentsN][4], int tile, int stage, int first_key) {
+    multiply_transposed<Element, kHeadDim>(gap, query, s_key + stage * kKeyStageBytes + first_key * kHeadDim * 2);
+    const int key_begin = tile * Config::kBlockN + first_key;
+    return scores_to_gaps(gap, rows, to_z, key_begin, key_begin + Config::kKeysPerStep > unmasked_end);
+  };
+  const auto add_key = [&](RowSums& sums, float gap, float weight) {
+    sums.prob += entmax.prob(gap, weight);
+    sums.weight += weight;
+    sums.count += gap > 0.0f;
+  };
+
+  // Phase 2, only where the scan flagged a row: exact row sums move every tau0 of the block up, never past tau.
+  for (int pass = 0; is_coarse && pass < kMaxRefinements; ++pass) {
+    RowSums sums[2];
+    for_each_live_tile(copy_keys, [&](int tile, int stage) {
+#pragma unroll 1
+      for (int first_key = 0; first_key < Config::kBlockN; first_key += Config::kKeysPerStep) {
+        float gap[kFragmentsN][4];
+        if (!compute_gaps(gap, tile, stage, first_key)) continue;
+#pragma unroll
+        for (int n = 0; n < kFragmentsN; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) add_key(sums[e / 2], gap[n][e], entmax.weight(gap[n][e]));
+        }
+      }
+    });
+    bool goes_on = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const RowSums row = quad_sum(sums[half]);
+      if (!(row.prob > 1.0f)) continue;
+      const float step = entmax.newton_step(row);
+      rows.tau[half] = round_below(rows.tau[half] + step);
+      goes_on |= step > kLargestLastRefinement * row.prob / row.weight;  // f / A: the mean gap, by weight
+    }
+    goes_on = __any_sync(kAllLanes, goes_on);
+    if (lane == 0) s_flags[warp] = goes_on;
+    __syncthreads();
+    is_coarse = false;
+    for (int other = 0; other < Config::kWarps; ++other) is_coarse |= s_flags[other] != 0;
+    __syncthreads();
+  }
+
+  // Phase 3: the sums over the live tiles, and which of them are live at tau0.
+  uint32_t* g_mask = params.block_mask + mask_offset + int64_t(group) * mask_shape.key_words();
+  const bool writes_mask = lane == 0 && value_chunk == 0 && group < mask_shape.num_row_groups;
+  uint32_t mask_bits = 0;
+  int word = 0;
+  const auto finish_words_before = [&](int end) {
+    for (; word < end; ++word) {
+      if (writes_mask) g_mask[word] = mask_bits;
+      mask_bits = 0;
+    }
+  };
+
+  float sum_prob_v[kFragmentsV][4], sum_weight_v[kFragmentsV][4];
+  clear(sum_prob_v);
+  clear(sum_weight_v);
+  RowSums sums[2];
+  const auto copy_keys_and_values = [&](int tile, int stage) {
+    copy_keys(tile, stage);
+    copy_values(tile, stage);
+  };
+  for_each_live_tile(copy_keys_and_values, [&](int tile, int stage) {
+    finish_words_before(mask_word(tile));
+#pragma unroll 1
+    for (int first_key = 0; first_key < Config::kBlockN; first_key += Config::kKeysPerStep) {
+      float gap[kFragmentsN][4];
+      if (!compute_gaps(gap, tile, stage, first_key)) continue;
+      mask_bits |= mask_bit(tile);
+      const uint32_t s_tile = s_value + stage * kValueStageBytes + first_key * Config::kValueChunk * 2;
+#pragma unroll
+      for (int k = 0; k < kFragmentsN; k += 2) {
+        float weight[2][4], prob[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            weight[i][e] = entmax.weight(gap[k + i][e]);
+            prob[i][e] = entmax.prob(gap[k + i][e], weight[i][e]);
+            add_key(sums[e / 2], gap[k + i][e], weight[i][e]);
+          }
+        }
+        uint32_t prob_a[4], weight_a[4];
+        accumulators_to_a<Element>(prob_a, prob[0], prob[1]);
+        accumulators_to_a<Element>(weight_a, weight[0], weight[1]);
+#pragma unroll
+        for (int n = 0; n < kFragmentsV; n += 2) {
+          uint32_t b[4];
+          load_b_transposed<Config::kValueChunk>(b, s_tile, k * kMmaN, n);
+          ptx::mma_m16n8k16<Element>(sum_prob_v[n], prob_a, b[0], b[1]);
+          ptx::mma_m16n8k16<Element>(sum_prob_v[n + 1], prob_a, b[2], b[3]);
+          ptx::mma_m16n8k16<Element>(sum_weight_v[n], weight_a, b[0], b[1]);
+          ptx::mma_m16n8k16<Element>(sum_weight_v[n + 1], weight_a, b[2], b[3]);
+        }
+      }
+    }
+  });
+  finish_words_before(mask_shape.key_words());
+
+  // Phase 4: the last step for tau, and its fold into the output.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const RowSums total = quad_sum(sums[half]);
+    const bool has_support = total.weight > 0.0f;
+    const bool is_poisoned = std::isnan(rows.tau[half]);
+    const float step = has_support ? entmax.last_step(total) : 0.0f;
+    const float shift = step * entmax.exponent();
+    const float prob_scale = has_support ? 1.0f / (total.prob - shift * total.weight) : is_poisoned ? NAN : 0.0f;
+    const float weight_scale = has_support ? 1.0f / total.weight : is_poisoned ? NAN : 0.0f;
+#pragma unroll
+    for (int n = 0; n < kFragmentsV; ++n) {
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; ++e) {
+        sum_prob_v[n][e] = (sum_prob_v[n][e] - shift * sum_weight_v[n][e]) * prob_scale;
+        sum_weight_v[n][e] *= weight_scale;
+      }
+    }
+    const int row = warp_row + accumulator_row(lane, half);
+    if (lane % 4 == 0 && value_chunk == 0 && row < num_queries) {
+      params.tau[head_row + row] = rows.tau[half] + step;
+      if (params.support_size != nullptr) params.support_size[head_row + row] = static_cast<int32_t>(total.count);
+    }
+  }
+
+  // Phase 5: store.
+  const auto store = [&](const Rows& rows_of, const float (&acc)[kFragmentsV][4]) {
+    Element* g_rows = head_rows<Element>(rows_of, batch, head) + warp_row * rows_of.stride_row + value_begin;
+    store_rows(g_rows, rows_of.stride_row, acc, num_queries - warp_row, num_value_cols);
+  };
+  store(params.out, sum_prob_v);
+  if (params.gap_mean_v.data != nullptr) store(params.gap_mean_v, sum_weight_v);
+}
+
+}  // namespace adasplash2::cuda

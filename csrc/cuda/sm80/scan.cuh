@@ -1,0 +1,381 @@
+// Pass A, the scan: one dense pass over the keys gives every row a lower bound of tau (docs/kernels.md, "Scan").
+//
+//   in   query (B, H, Nq, D), key (B, Hkv, Nk, D)
+//   out  tau_lower (B, H, Nq) float, in units of z; +inf for a row without keys, NaN for a row with a NaN or +inf score
+//        is_coarse (B, H, Nq) uint8, 1 where tau may lie too far above tau_lower for the output pass to fold in
+//        block_mask (rows, see block_mask.h): 0 where no score of the tile exceeds a lower bound of its row's tau
+//
+// Grid (blocks of kBlockM rows, H, B); a block walks the key tiles from the last visible one down: under is_causal the
+// blocks with most work start first, and the nearest keys, often the heaviest, raise the bounds early.
+// A warp owns kRowsPerWarp rows and shares nothing but the key tiles with the others.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <dynamic_smem.cuh>
+
+#include "cuda/config.h"
+#include "cuda/problem.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/shared_address.cuh"
+#include "cuda/tile/fragment.cuh"
+#include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/tile_copy.cuh"
+#include "math/block_mask.h"
+#include "math/histogram.h"
+
+namespace adasplash2::cuda {
+
+struct ScanParams {
+  AttentionProblem problem;
+  float* tau_lower;
+  uint8_t* is_coarse;
+  uint32_t* block_mask;
+};
+
+// What a warp knows of its rows so far. A lane keeps the rows of its quad, kRowsPerLane of them, in registers; their
+// histograms and the lists of hits that have yet to enter them are in shared memory.
+template <int kHeadDim, AlphaKind kKind>
+struct RowBounds {
+  using Config = ScanConfig<kHeadDim>;
+  static constexpr int kRows = Config::kRowsPerLane;
+  static constexpr int kListStride = kWarpSize;  // entry e of all lanes side by side: no bank conflict
+
+  uint32_t* s_histogram;  // [kRowsPerWarp][kRowWords], this warp's rows
+  float* s_hits;          // [kRows][kHitsPerList][kWarpSize]
+  float to_z, from_z;
+  Entmax<kKind> entmax;
+
+  float row_max[kRows];    // of the scores; +inf once a score of the row is NaN or +inf
+  float threshold[kRows];  // in units of the score: at or below tau, so only scores above it can matter
+  int num_hits[kRows];
+
+  __device__ __forceinline__ void init(uint32_t* s_histogram_, float* s_hits_, float to_z_, float alpha) {
+    s_histogram = s_histogram_;
+    s_hits = s_hits_;
+    to_z = to_z_;
+    from_z = 1.0f / to_z_;
+    entmax.alpha = alpha;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      row_max[r] = -INFINITY;
+      threshold[r] = -INFINITY;
+      num_hits[r] = 0;
+    }
+    for (int i = lane_id(); i < Config::kRowsPerWarp * Config::kRowWords; i += kWarpSize) s_histogram[i] = 0;
+    __syncwarp();
+  }
+
+  static __device__ __forceinline__ int row_in_warp(int lane, int r) { return lane / 4 + 8 * r; }
+
+  // The largest score that is certainly at or below z.
+  __device__ __forceinline__ float score_below(float z) const {
+    const float score = z * from_z;
+    return score - fabsf(score) * 0x1p-22f;
+  }
+
+  __device__ __forceinline__ void raise_threshold(int r, float tau_lower) {
+    threshold[r] = fmaxf(threshold[r], score_below(tau_lower));
+  }
+
+  // tau >= row_max - 1
+  __device__ __forceinline__ void raise_threshold_to_window(int r, float max_score) {
+    raise_threshold(r, round_below(max_score * to_z - 1.0f));
+  }
+
+  // A NaN is a hit: it must be seen.
+  __device__ __forceinline__ bool is_hit(int r, float score) const { return !(score <= threshold[r]); }
+
+  __device__ __forceinline__ void append(int r, float score) {
+    if (is_hit(r, score)) {
+      s_hits[(r * Config::kHitsPerList + num_hits[r]) * kListStride + lane_id()] = score;
+      ++num_hits[r];
+    }
+  }
+
+  __device__ __forceinline__ bool may_overflow() const {
+    bool is_full = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) is_full |= num_hits[r] > Config::kHitsPerList - Config::kScoresPerGroup;
+    return __any_sync(kAllLanes, is_full);
+  }
+
+  // Moves the lists into the histograms. The whole warp.
+  __device__ __forceinline__ void flush() {
+    const int lane = lane_id();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float* s_list = s_hits + r * Config::kHitsPerList * kListStride + lane;
+      uint32_t* s_row = s_histogram + row_in_warp(lane, r) * Config::kRowWords;
+
+      // The row's new maximum, over the quad. NaN counts as +inf: such a row has no tau.
+      float batch_max = row_max[r];
+      for (int e = 0; e < num_hits[r]; ++e) {
+        const float score = s_list[e * kListStride];
+        batch_max = score < INFINITY ? fmaxf(batch_max, score) : INFINITY;
+      }
+      batch_max = quad_max(batch_max);
+
+      if (batch_max == INFINITY) {
+        row_max[r] = threshold[r] = INFINITY;
+      } else if (batch_max > row_max[r]) {
+        // The window climbs: the slots it enters still hold bins that have fallen out of it below.
+        if (row_max[r] > -INFINITY) {
+          const HistogramGrid grid(batch_max, to_z);
+          const int num_stale = grid.num_stale_slots(HistogramGrid(row_max[r], to_z));
+          for (int i = lane % 4; i < num_stale; i += 4) {
+            uint32_t* s_bin = s_row + HistogramGrid::slot_of(grid.top_bin - i) * kBinWords;
+            for (int word = 0; word < kBinWords; ++word) s_bin[word] = 0;
+          }
+        }
+        row_max[r] = batch_max;
+        raise_threshold_to_window(r, batch_max);
+      }
+    }
+    __syncwarp();
+
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float* s_list = s_hits + r * Config::kHitsPerList * kListStride + lane;
+      uint32_t* s_row = s_histogram + row_in_warp(lane, r) * Config::kRowWords;
+      const HistogramGrid grid(row_max[r], to_z);
+      for (int e = 0; e < num_hits[r]; ++e) {
+        const float score = s_list[e * kListStride];
+        if (!(score > threshold[r])) continue;
+        const uint32_t code = grid.encode(score);
+        const uint32_t bin = HistogramGrid::bin_of(code), quantum = HistogramGrid::quantum_of(code);
+        if (grid.is_below_window(bin)) continue;
+        uint32_t* s_bin = s_row + HistogramGrid::slot_of(bin) * kBinWords;
+        atomicAdd(s_bin, 1u);
+        atomicAdd(s_bin + 1, quantum);
+        atomicAdd(s_bin + 2, quantum * quantum >> kQuantumBits);
+      }
+      num_hits[r] = 0;
+    }
+    __syncwarp();
+  }
+
+  // Lane l solves row l of the warp and takes what it needs from the lane that keeps the row. The whole warp, flushed.
+  __device__ __forceinline__ TauBound solve() {
+    const int lane = lane_id();
+    float my_row_max = -INFINITY;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float value = __shfl_sync(kAllLanes, row_max[r], lane % 8 * 4);
+      if (lane / 8 == r) my_row_max = value;
+    }
+    TauBound bound{-INFINITY, 0.0f, 0.0f};
+    if (fabsf(my_row_max) < INFINITY) {
+      const uint32_t* s_row = s_histogram + lane * Config::kRowWords;
+      bound = adasplash2::solve(HistogramGrid(my_row_max, to_z), entmax, [s_row](uint32_t slot) {
+        const uint32_t* s_bin = s_row + slot * kBinWords;
+        return Bin{s_bin[0], s_bin[1], s_bin[2]};
+      });
+    } else if (my_row_max > 0.0f) {
+      bound.tau_lower = NAN;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float tau_lower = __shfl_sync(kAllLanes, bound.tau_lower, row_in_warp(lane, r));
+      if (tau_lower > -INFINITY) raise_threshold(r, tau_lower);
+    }
+    return bound;
+  }
+};
+
+// Solving after tiles 1, 2, 4, 8, 16, 32, 48, ... lets through within 15% of the hits of solving after each.
+__device__ __forceinline__ bool is_time_to_solve(int num_tiles_done) {
+  return num_tiles_done < 16 ? (num_tiles_done & (num_tiles_done - 1)) == 0 : num_tiles_done % 16 == 0;
+}
+
+template <typename Element, int kHeadDim, AlphaKind kKind>
+__global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
+    scan_kernel(const ScanParams params) {
+  using Config = ScanConfig<kHeadDim>;
+  constexpr int kFragmentsM = Config::kRowsPerWarp / kMmaM;
+  constexpr int kFragmentsN = Config::kBlockN / kMmaN;
+  constexpr int kStageBytes = Config::kBlockN * kHeadDim * 2;
+
+  const AttentionProblem& problem = params.problem;
+  const int batch = blockIdx.z, head = blockIdx.y;
+  const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
+  const int warp = warp_id(), lane = lane_id();
+  const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * Config::kRowsPerWarp;
+
+  const WorkRange range = work_range(problem, batch);
+  const int num_queries = range.num_queries, head_dim = static_cast<int>(problem.head_dim);
+  const int key_end = range.max_visible_keys(row_begin, row_begin + Config::kBlockM);
+  const int num_tiles = ceil_div(key_end, Config::kBlockN);
+  const Element* g_query = head_rows<const Element>(problem.query, batch, head);
+  const Element* g_key = head_rows<const Element>(problem.key, batch, kv_head);
+
+  // Shared memory: key ring | histograms | hits.
+  uint8_t* smem = dynamic_smem();
+  const uint32_t s_key = ptx::shared_address(smem);
+  uint32_t* s_histogram = reinterpret_cast<uint32_t*>(smem + Config::kKeyBytes);
+  float* s_hits = reinterpret_cast<float*>(smem + Config::kKeyBytes + Config::kHistogramBytes);
+
+  // Phase 1: the queries pass through the key ring into registers, where they stay.
+  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(s_key, g_query, problem.query.stride_row, row_begin,
+                                                               num_queries, head_dim);
+  ptx::cp_async_commit();
+
+  const float alpha = head_alpha(problem, batch, head);
+  RowBounds<kHeadDim, kKind> bounds;
+  bounds.init(s_histogram + warp * Config::kRowsPerWarp * Config::kRowWords,
+              s_hits + warp * Config::kRowsPerLane * Config::kHitsPerList * kWarpSize, score_to_z(problem, alpha),
+              alpha);
+  int visible[Config::kRowsPerLane];  // keys that the row sees
+#pragma unroll
+  for (int r = 0; r < Config::kRowsPerLane; ++r) {
+    visible[r] = range.num_visible_keys(warp_row + bounds.row_in_warp(lane, r));
+    if (visible[r] == 0) bounds.threshold[r] = INFINITY;
+  }
+  // Rows without keys take no hits whatever their scores, so only the first row that has some bounds the unmasked part.
+  const int first_live_row = max(warp_row, range.first_row_of(0));
+  const int unmasked_end = range.num_visible_keys(first_live_row);
+
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  RowFragments<kHeadDim> query[kFragmentsM];
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) query[i].load(s_key, warp * Config::kRowsPerWarp + i * kMmaM);
+  __syncthreads();
+
+  const auto copy_keys = [&](int step) {
+    if (step < num_tiles) {
+      const int key_begin = (num_tiles - 1 - step) * Config::kBlockN;
+      copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
+          s_key + step % Config::kStages * kStageBytes, g_key, problem.key.stride_row, key_begin, key_end, head_dim);
+    }
+    ptx::cp_async_commit();
+  };
+#pragma unroll
+  for (int step = 0; step < Config::kStages - 1; ++step) copy_keys(step);
+
+  // The mask's words of this warp's row groups, the highest first; a word is written when its tile 0 is done.
+  const BlockMaskShape mask_shape(num_queries, range.num_keys);
+  uint32_t* g_mask = params.block_mask + (batch * problem.num_heads + head) * mask_shape.row_words();
+  uint32_t mask_bits[kFragmentsM] = {};
+  const auto store_mask_word = [&](int word) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i) {
+      const int group = warp_row / kMaskRows + i;
+      if (lane == 0 && group < mask_shape.num_row_groups) {
+        g_mask[int64_t(group) * mask_shape.key_words() + word] = mask_bits[i];
+      }
+      mask_bits[i] = 0;
+    }
+  };
+  for (int word = mask_shape.key_words() - 1; word > mask_word(num_tiles - 1); --word) store_mask_word(word);
+
+  for (int step = 0; step < num_tiles; ++step) {
+    const int tile = num_tiles - 1 - step;
+
+    // Phase 2: wait for the tile; the stage that the barrier frees takes the next one.
+    ptx::cp_async_wait<Config::kStages - 2>();
+    __syncthreads();
+    copy_keys(step + Config::kStages - 1);
+
+    // Phase 3: scores.
+    float score[kFragmentsM][kFragmentsN][4];
+    const uint32_t s_tile = s_key + step % Config::kStages * kStageBytes;
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i) clear(score[i]);
+#pragma unroll
+    for (int k = 0; k < kHeadDim / kMmaK; ++k) {
+#pragma unroll
+      for (int n = 0; n < kFragmentsN; n += 2) {
+        uint32_t b[4];
+        load_b<kHeadDim>(b, s_tile, n * kMmaN, k);
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i) {
+          ptx::mma_m16n8k16<Element>(score[i][n], query[i].a[k], b[0], b[1]);
+          ptx::mma_m16n8k16<Element>(score[i][n + 1], query[i].a[k], b[2], b[3]);
+        }
+      }
+    }
+
+    // Phase 4, tiles at an edge only: keys that a row does not see score -inf.
+    const int key_begin = tile * Config::kBlockN;
+    if (key_begin + Config::kBlockN > unmasked_end) {
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+        for (int n = 0; n < kFragmentsN; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int col = key_begin + n * kMmaN + accumulator_col(lane, e % 2);
+            if (col >= visible[2 * i + e / 2]) score[i][n][e] = -INFINITY;
+          }
+        }
+      }
+    }
+
+    // Phase 5, first tile only: its own maxima are the first bounds.
+    if (step == 0) {
+#pragma unroll
+      for (int r = 0; r < Config::kRowsPerLane; ++r) {
+        float tile_max = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kFragmentsN; ++n) {
+          tile_max = fmaxf(tile_max, fmaxf(score[r / 2][n][2 * (r % 2)], score[r / 2][n][2 * (r % 2) + 1]));
+        }
+        tile_max = quad_max(tile_max);
+        if (fabsf(tile_max) < INFINITY) bounds.raise_threshold_to_window(r, tile_max);
+      }
+    }
+
+    // Phase 6: has any row group a hit? Then its tile is live, and the hits join the lists.
+    bool is_live = false;
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i) {
+      bool has_hit = false;
+#pragma unroll
+      for (int n = 0; n < kFragmentsN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) has_hit |= bounds.is_hit(2 * i + e / 2, score[i][n][e]);
+      }
+      has_hit = __any_sync(kAllLanes, has_hit);
+      if (has_hit) mask_bits[i] |= mask_bit(tile);
+      is_live |= has_hit;
+    }
+    if (is_live) {
+#pragma unroll
+      for (int n = 0; n < kFragmentsN; n += 2) {
+        if (bounds.may_overflow()) bounds.flush();
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            bounds.append(2 * i + e / 2, score[i][n][e]);
+            bounds.append(2 * i + e / 2, score[i][n + 1][e]);
+          }
+        }
+      }
+    }
+    if (tile % 32 == 0) store_mask_word(mask_word(tile));
+
+    // Phase 7, now and then: better bounds. After the last tile the result.
+    if (is_time_to_solve(step + 1) && step + 1 < num_tiles) {
+      bounds.flush();
+      bounds.solve();
+    }
+  }
+
+  // Phase 8: the result, a lane a row.
+  bounds.flush();
+  const TauBound bound = bounds.solve();
+  const int row = warp_row + lane;
+  if (lane < Config::kRowsPerWarp && row < num_queries) {
+    const int64_t index = row_index(problem, batch, head, row);
+    const bool has_keys = range.num_visible_keys(row) > 0 && bound.tau_lower != -INFINITY;
+    params.tau_lower[index] = has_keys ? bound.tau_lower : INFINITY;
+    params.is_coarse[index] = bound.needs_refinement();
+  }
+}
+
+}  // namespace adasplash2::cuda

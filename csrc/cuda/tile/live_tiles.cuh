@@ -1,0 +1,35 @@
+// Walks the set bits of a few neighbouring rows of a bit mask: the one way in which kernels visit tiles.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace adasplash2::cuda {
+
+// Indices i < num_bits, ascending, whose bit is set in any of num_rows rows of `words_per_row` words. Every thread of a
+// block sees the same sequence.
+class LiveTiles {
+ public:
+  __device__ __forceinline__ LiveTiles(const uint32_t* g_rows, int num_rows, int words_per_row, int num_bits)
+      : g_rows_(g_rows), num_rows_(num_rows), words_per_row_(words_per_row), num_words_((num_bits + 31) / 32) {}
+
+  // The next index, or -1 when there is none.
+  __device__ __forceinline__ int next() {
+    while (bits_ == 0) {
+      if (++word_ >= num_words_) return -1;
+      for (int row = 0; row < num_rows_; ++row) bits_ |= g_rows_[int64_t(row) * words_per_row_ + word_];
+    }
+    const int bit = __ffs(static_cast<int>(bits_)) - 1;
+    bits_ &= bits_ - 1;
+    return word_ * 32 + bit;
+  }
+
+ private:
+  const uint32_t* g_rows_;
+  int num_rows_, words_per_row_, num_words_;
+  int word_ = -1;
+  uint32_t bits_ = 0;
+};
+
+}  // namespace adasplash2::cuda

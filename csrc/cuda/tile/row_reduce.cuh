@@ -1,0 +1,26 @@
+// Reductions over a row of an accumulator, whose columns lie in the four lanes of a quad, and over a warp.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace adasplash2::cuda {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ float quad_max(float value) {
+  value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+  return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(kAllLanes, value, 1);
+  return value + __shfl_xor_sync(kAllLanes, value, 2);
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
+  return value;
+}
+
+}  // namespace adasplash2::cuda

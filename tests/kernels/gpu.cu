@@ -1,0 +1,2 @@
+// The entry points alone: on a GPU the instances are compiled beside them, one process each.
+#include "api.h"

@@ -1,0 +1,316 @@
+"""The CUDA kernel layer through ctypes, without the torch extension: emulated, or on a GPU where there is one.
+
+`attention(...)` makes it a path like the others: the signature of `adasplash2.entmax_attention`, differentiable.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from simt import emulator
+from torch import Tensor
+
+from adasplash2.reference import AttentionAux
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL_INSTANCES = ROOT / "tests" / "kernels" / "all_instances.cu"
+ONE_INSTANCE = ROOT / "tests" / "kernels" / "one_instance.cu"
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.bool: 4}
+
+
+class Rows(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [(f"stride_{d}", ctypes.c_int64) for d in ("batch", "head", "row")]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Rows:
+        if tensor is None:
+            return cls()
+        assert tensor.dim() == 4 and (tensor.stride(3) == 1 or tensor.shape[3] == 1)
+        return cls(tensor.data_ptr(), *tensor.stride()[:3])
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
+    _fields_ += [(f"stride_{d}", ctypes.c_int64) for d in ("batch", "head", "row", "col")]
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [("dtype", ctypes.c_int32)]
+    _fields_ += [
+        (name, ctypes.c_int64)
+        for name in (
+            "batch", "num_heads", "num_kv_heads", "num_queries", "num_keys", "head_dim", "value_head_dim",
+        )
+    ]  # fmt: skip
+    _fields_ += [("query", Rows), ("key", Rows), ("value", Rows), ("mask", Mask), ("key_lengths", ctypes.c_void_p)]
+    _fields_ += [("scale", ctypes.c_double), ("is_causal", ctypes.c_bool), ("alpha", ctypes.c_double)]
+    _fields_ += [("alpha_heads", ctypes.c_void_p), ("alpha_stride_batch", ctypes.c_int64)]
+    _fields_ += [("alpha_stride_head", ctypes.c_int64)]
+
+
+class Forward(ctypes.Structure):
+    _fields_ = [("problem", Problem), ("out", Rows), ("gap_mean_v", Rows)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("tau", "support_size", "block_mask", "workspace", "stream")]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [("problem", Problem), ("tau", ctypes.c_void_p), ("block_mask", ctypes.c_void_p)]
+    _fields_ += [(name, Rows) for name in ("gap_mean_v", "grad_out", "grad_query", "grad_key", "grad_value")]
+    _fields_ += [("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p)]
+
+
+class GpuLibrary:
+    """The library as nvcc builds it, with the interface of the emulator's."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.api_error.restype = ctypes.c_char_p
+
+    def call(self, name: str, *arguments: object, **_: object) -> dict[str, int]:
+        if getattr(self.library, name)(*arguments) != 0:
+            raise RuntimeError(self.library.api_error().decode())
+        torch.cuda.synchronize()
+        return {}
+
+
+def _build_for_gpu() -> GpuLibrary:
+    sources = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sources, *ALL_INSTANCES.parent.glob("*.[ch]*")]))
+    major, minor = torch.cuda.get_device_capability()
+    build = ROOT / "build" / "gpu" / f"{digest.hexdigest()[:16]}-{major}{minor}"
+    target = build / "kernels.so"
+    if not target.exists():
+        build.mkdir(parents=True, exist_ok=True)
+        flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{major}{minor}", "-Xcompiler", "-fPIC"]
+        flags += ["-Xptxas", "-warn-spills", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda/device'}"]
+        instances = sorted((ROOT / "csrc/cuda/sm80/instances").glob("*.cu"))
+        units = [*instances, ROOT / "csrc/cuda/launch.cpp", ROOT / "tests/kernels/gpu.cu"]
+        objects = [build / f"{unit.stem}.o" for unit in units]
+        running = [
+            subprocess.Popen(["nvcc", *flags, "-c", str(unit), "-o", str(made)])
+            for unit, made in zip(units, objects, strict=True)
+        ]
+        if max(process.wait() for process in running) != 0:
+            raise RuntimeError("nvcc failed, see its output")
+        subprocess.run(["nvcc", "-shared", *map(str, objects), "-o", str(target)], check=True)
+    return GpuLibrary(target)
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if has_gpu() else "cpu")
+
+
+@functools.cache
+def build(
+    source: Path = ALL_INSTANCES, instrumented: bool = True, patches: tuple[emulator.Patch, ...] = ()
+) -> emulator.Library | GpuLibrary:
+    if has_gpu():
+        assert not patches, "seeded bugs are for the emulator"
+        return _build_for_gpu()
+    library = emulator.build(source, instrumented=instrumented, patches=patches)
+    _check_mirrors(library._library)
+    return library
+
+
+def _check_mirrors(library: ctypes.CDLL) -> None:
+    for name, mirror in (("sizeof_forward", Forward), ("sizeof_backward", Backward)):
+        function = getattr(library, name)
+        function.restype = ctypes.c_int64
+        assert function() == ctypes.sizeof(mirror), f"{name}: the mirror in Python is out of date"
+
+
+def _bytes(library: emulator.Library | GpuLibrary, name: str, problem: Problem) -> int:
+    cdll = library.library if isinstance(library, GpuLibrary) else library._library
+    function = getattr(cdll, name)
+    function.restype = ctypes.c_int64
+    return int(function(ctypes.byref(problem)))
+
+
+@dataclass
+class Run:
+    """One forward pass: what it wrote, what it was asked, what it did."""
+
+    problem: Problem
+    inputs: dict[str, Tensor]
+    out: Tensor
+    gap_mean_v: Tensor
+    tau: Tensor
+    support_size: Tensor
+    block_mask: Tensor  # (B, H, row groups, key tiles) bool, unpacked
+    block_mask_words: Tensor
+    workspace: Tensor
+    counters: dict[str, int] = field(default_factory=dict)
+
+    def _rows_of(self, offset: int, dtype: torch.dtype) -> Tensor:
+        size = self.tau.numel() * dtype.itemsize
+        return self.workspace[offset : offset + size].view(dtype).view(self.tau.shape)
+
+    @property
+    def tau_lower(self) -> Tensor:
+        return self._rows_of(0, torch.float32)
+
+    @property
+    def scan_mask(self) -> Tensor:
+        offset = _align(self.tau.numel() * 4)
+        words = self.workspace[offset : offset + self.block_mask_words.numel() * 4].view(torch.int32)
+        return _unpack(words.view(self.block_mask_words.shape), self.block_mask.shape[-1])
+
+    @property
+    def is_coarse(self) -> Tensor:
+        return self._rows_of(
+            _align(self.tau.numel() * 4) + _align(self.block_mask_words.numel() * 4), torch.uint8
+        ).bool()
+
+
+def _align(num_bytes: int) -> int:
+    return (num_bytes + 15) // 16 * 16
+
+
+def _unpack(words: Tensor, num_tiles: int) -> Tensor:
+    bits = words.unsqueeze(-1) >> torch.arange(32, device=words.device, dtype=torch.int32) & 1
+    return bits.flatten(-2)[..., :num_tiles].bool()
+
+
+def _empty_like_poison(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.full(tuple(shape), float("nan") if dtype.is_floating_point else -1, dtype=dtype, device=device())
+
+
+def forward(
+    library: emulator.Library | GpuLibrary,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    alpha: float | Tensor = 1.5,
+    key_lengths: Tensor | None = None,
+    seed: int = 0,
+) -> Run:
+    """(B, H, N, D) tensors whose rows are 16-byte aligned. All outputs start as NaN."""
+    batch, heads, num_queries, head_dim = query.shape
+    _, kv_heads, num_keys, value_head_dim = value.shape
+    problem = Problem(
+        _DTYPES[query.dtype], batch, heads, kv_heads, num_queries, num_keys, head_dim, value_head_dim,
+        Rows.of(query), Rows.of(key), Rows.of(value),
+    )  # fmt: skip
+    inputs = {"query": query, "key": key, "value": value}
+    problem.scale = head_dim**-0.5 if scale is None else scale
+    problem.is_causal = is_causal
+    problem.alpha = 1.5
+    if isinstance(alpha, Tensor):
+        inputs["alpha"] = alpha.to(torch.float64).expand(batch, heads).contiguous()
+        problem.alpha_heads = inputs["alpha"].data_ptr()
+        problem.alpha_stride_batch, problem.alpha_stride_head = inputs["alpha"].stride()
+    else:
+        problem.alpha = alpha
+    if key_lengths is not None:
+        inputs["key_lengths"] = key_lengths.to(torch.int64)
+        problem.key_lengths = inputs["key_lengths"].data_ptr()
+
+    groups, tiles = -(-num_queries // 16), -(-num_keys // 64)
+    out_shape = (batch, heads, num_queries, value_head_dim)
+    words = _empty_like_poison((batch, heads, groups, -(-tiles // 32)), torch.int32)
+    assert words.numel() * 4 == _bytes(library, "block_mask_bytes", problem)
+    workspace = _empty_like_poison((_bytes(library, "forward_workspace_bytes", problem),), torch.int8)
+    run = Run(
+        problem,
+        inputs,
+        out=_empty_like_poison(out_shape, query.dtype),
+        gap_mean_v=_empty_like_poison(out_shape, query.dtype),
+        tau=_empty_like_poison(out_shape[:3], torch.float32),
+        support_size=_empty_like_poison(out_shape[:3], torch.int32),
+        block_mask=torch.empty(batch, heads, groups, tiles),
+        block_mask_words=words,
+        workspace=workspace,
+    )
+    call = Forward(
+        problem, Rows.of(run.out), Rows.of(run.gap_mean_v), run.tau.data_ptr(), run.support_size.data_ptr(),
+        words.data_ptr(), workspace.data_ptr(), torch.cuda.current_stream().cuda_stream if has_gpu() else None,
+    )  # fmt: skip
+    tensors = inputs | {
+        name: getattr(run, name) for name in ("out", "gap_mean_v", "tau", "support_size", "workspace")
+    } | {"block_mask": words}  # fmt: skip
+    run.counters = library.call("attention_forward", ctypes.byref(call), seed=seed, tensors=tensors)
+    run.block_mask = _unpack(words, tiles)
+    return run
+
+
+@dataclass
+class Gradients:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    counters: dict[str, int]
+
+
+def backward(library: emulator.Library | GpuLibrary, run: Run, grad_out: Tensor, seed: int = 0) -> Gradients:
+    inputs = run.inputs
+    grads = {
+        f"grad_{name}": _empty_like_poison(inputs[name].shape, grad_out.dtype) for name in ("query", "key", "value")
+    }
+    workspace = _empty_like_poison((_bytes(library, "backward_workspace_bytes", run.problem),), torch.int8)
+    call = Backward(
+        run.problem, run.tau.data_ptr(), run.block_mask_words.data_ptr(), Rows.of(run.gap_mean_v), Rows.of(grad_out),
+        *(Rows.of(grad) for grad in grads.values()), workspace.data_ptr(),
+        torch.cuda.current_stream().cuda_stream if has_gpu() else None,
+    )  # fmt: skip
+    tensors = inputs | grads | {
+        "grad_out": grad_out, "tau": run.tau, "block_mask": run.block_mask_words, "gap_mean_v": run.gap_mean_v,
+        "workspace": workspace,
+    }  # fmt: skip
+    counters = library.call("attention_backward", ctypes.byref(call), seed=seed, tensors=tensors)
+    return Gradients(*grads.values(), counters)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run_forward: Callable[..., Run], seed: int, *tensors: Tensor) -> Tensor:
+        query, key, value = (tensor.detach().to(device()) for tensor in tensors)
+        ctx.run, ctx.seed, ctx.device = run_forward(query, key, value), seed, tensors[0].device
+        _Attention.latest = ctx.run
+        return ctx.run.out.to(ctx.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        grads = backward(build(), ctx.run, grad_out.to(device()).contiguous(), ctx.seed)
+        _Attention.latest_gradients = grads
+        return (None, None, *(grad.to(ctx.device) for grad in (grads.query, grads.key, grads.value)))
+
+    latest: Run
+    latest_gradients: Gradients
+
+
+def latest() -> tuple[Run, Gradients | None]:
+    """The runs behind the last call of `attention` and of its backward pass."""
+    return _Attention.latest, getattr(_Attention, "latest_gradients", None)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, return_aux: bool = False, enable_gqa: bool = False, seed: int = 0,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """`adasplash2.entmax_attention` on the kernels. Inputs stay as they are: strides, slices, poison around them."""
+    if isinstance(options.get("key_lengths"), Tensor):
+        options["key_lengths"] = options["key_lengths"].to(device())
+    if isinstance(options.get("alpha"), Tensor):
+        options["alpha"] = options["alpha"].to(device())
+    run_forward = functools.partial(forward, build(), seed=seed, **options)
+    out = _Attention.apply(run_forward, seed, query, key, value)
+    if not return_aux:
+        return out
+    run = _Attention.latest
+    return out, AttentionAux(run.tau.to(out.device), run.support_size.to(out.device), torch.empty(0))
