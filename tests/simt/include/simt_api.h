@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
+#include <exception>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -88,12 +88,14 @@ uint32_t atomic_compare_and_swap(uint32_t* address, uint32_t expected, uint32_t 
 
 // ---- host ----
 
-struct KernelArguments {
-  const void* address;
-  size_t bytes;
+// A kernel and its arguments; the function runs one thread.
+struct KernelCall {
+  void (*run_thread)(const void* arguments);
+  const void* arguments;
+  size_t argument_bytes;
 };
-// Runs `thread` once for each thread of the grid; throws std::runtime_error with the diagnosis.
-void run_grid(dim3 grid, dim3 block, size_t smem_bytes, KernelArguments arguments, const std::function<void()>& thread);
+// Runs the call once for each thread of the grid; throws std::runtime_error with the diagnosis.
+void run_grid(dim3 grid, dim3 block, size_t smem_bytes, const KernelCall& call);
 
 void set_error(const std::string& text);
 

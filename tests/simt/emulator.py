@@ -1,0 +1,228 @@
+"""Builds CUDA sources for the emulator and calls them.
+
+    library = emulator.build(Path("csrc/cuda/...cu"))
+    counters = library.call("entry_point", argument, ..., tensors={"query": query}, seed=0)
+
+`call` raises `Diagnosis` with the emulator's report when the kernel does something wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SIMT = ROOT / "tests" / "simt"
+BUILD = ROOT / "build" / "simt"
+
+# One schedule that goes forward, one that goes backward, two at random: what tests run through by default.
+SEEDS = (0, 1, 2, 3)
+
+# No contraction: the kernels' floating point does what the source says, whatever the compiler's version.
+_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")
+_RUNTIME_FLAGS = (*_FLAGS, "-march=native")
+# A return address identifies the line of a call, hence no tail calls.
+_KERNEL_FLAGS = (*_FLAGS, "-Wno-unknown-pragmas", "-fno-optimize-sibling-calls", "-x", "c++")
+# The thread sanitizer's instrumentation without its library: src/sanitizer.cpp is called at every load and store.
+_INSTRUMENTATION = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
+
+
+class Diagnosis(Exception):
+    """What the emulator reports about a kernel: a race, a deadlock, an access out of bounds, ..."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A bug to seed: in `file` (relative to the repository), `old` is replaced by `new`. `old` must occur exactly once."""
+
+    file: str
+    old: str
+    new: str
+
+    def apply(self, root: Path) -> None:
+        path = root / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.file} has {text.count(self.old)} occurrences of {self.old!r}, expected 1")
+        path.write_text(text.replace(self.old, self.new))
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"the emulator needs {compiler}, which is not on PATH (set CXX)")
+    return compiler
+
+
+def _run(command: Sequence[str | os.PathLike[str]]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
+
+
+def _dependencies(source: Path, flags: Sequence[str]) -> list[Path]:
+    """`source` and every file of the repository that it includes."""
+    command = [_compiler(), *flags, "-MM", source]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
+    files = {Path(name).resolve() for name in result.stdout.replace("\\\n", " ").split()[1:]}
+    return sorted(file for file in files if file.is_relative_to(ROOT))
+
+
+def _digest(files: Sequence[Path], *extra: object) -> str:
+    digest = hashlib.sha256(repr((_compiler(), *extra)).encode())
+    for file in files:
+        digest.update(f"{file.relative_to(ROOT)}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """What -march=native depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith("flags")), "")
+
+
+def _publish(made: Path, final: Path) -> None:
+    """Moves a finished file into place, so that processes that build the same thing at once do not meet."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(made, final)
+
+
+def _scratch(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f"{target.name}.{os.getpid()}.tmp")
+
+
+def _runtime_object() -> Path:
+    """The emulator itself, as one relocatable object."""
+    sources = sorted((SIMT / "src").glob("*.cpp"))
+    files = sorted(file for folder in ("src", "include") for file in (SIMT / folder).iterdir())
+    target = BUILD / f"runtime-{_digest(files, _RUNTIME_FLAGS, _cpu())}.o"
+    if target.exists():
+        return target
+    scratch = _scratch(target)
+    objects = []
+    running = []
+    for source in sources:
+        objects.append(scratch.with_suffix(f".{source.stem}.o"))
+        command = [_compiler(), *_RUNTIME_FLAGS, f"-I{SIMT / 'include'}", "-c", source, "-o", objects[-1]]
+        running.append((source, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+        if len(running) == os.cpu_count():
+            _finish(*running.pop(0))
+    for entry in running:
+        _finish(*entry)
+    _run(["ld", "-r", *objects, "-o", scratch])
+    for file in objects:
+        file.unlink()
+    _publish(scratch, target)
+    return target
+
+
+def _finish(source: Path, process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate()
+    if process.returncode != 0:
+        raise RuntimeError(f"{source}\n{errors}")
+
+
+def _include_flags(root: Path) -> list[str]:
+    return [f"-I{root / 'tests' / 'simt' / 'include'}", f"-I{root / 'csrc'}"]
+
+
+def _compile(
+    source: Path, instrumented: bool, patches: Sequence[Patch], defines: Sequence[str], link: Sequence[str], suffix: str
+) -> Path:
+    """Compiles `source` against the emulator and links it with `link`; cached by the content of all it may include."""
+    source = source.resolve()
+    flags = (*_KERNEL_FLAGS, *(_INSTRUMENTATION if instrumented else ()), *(f"-D{define}" for define in defines))
+    files = _dependencies(source, [*flags, *_include_flags(ROOT)])
+    runtime = _runtime_object()
+    digest = _digest(files, flags, patches, link, runtime.name)
+    target = BUILD / f"{source.stem}-{digest}{suffix}"
+    if target.exists():
+        return target
+    scratch = _scratch(target)
+    root = ROOT
+    if patches:
+        # Next to the result, where it stays: reports name its lines.
+        root = BUILD / f"{source.stem}-{digest}.source"
+        for file in files:
+            copy = root / file.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        for patch in patches:
+            patch.apply(root)
+    object_file = scratch.with_suffix(".o")
+    _run([_compiler(), *flags, *_include_flags(root), "-c", root / source.relative_to(ROOT), "-o", object_file])
+    _run([_compiler(), *link, object_file, runtime, "-ldl", "-o", scratch])
+    object_file.unlink()
+    _publish(scratch, target)
+    return target
+
+
+class Library:
+    """A compiled source with its own copy of the emulator."""
+
+    def __init__(self, path: Path, instrumented: bool) -> None:
+        self.path = path
+        self.instrumented = instrumented
+        self._library = ctypes.CDLL(str(path))
+        self._library.simt_error.restype = ctypes.c_char_p
+        self._library.simt_counter_name.restype = ctypes.c_char_p
+        self._library.simt_counter.restype = ctypes.c_uint64
+
+    def call(
+        self,
+        name: str,
+        *arguments: object,
+        seed: int = 0,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, int]:
+        """Calls the entry point `name` and returns the counters of its launches.
+
+        Arguments are ctypes values or tensors (passed as their address), or anything else that ctypes converts. `tensors`
+        names all the global memory that the kernels may touch: with it, an access to anything else is out of bounds.
+        """
+        library = self._library
+        library.simt_configure(ctypes.c_uint64(seed), ctypes.c_int(self.instrumented))
+        library.simt_unregister_globals()
+        for tensor_name, tensor in (tensors or {}).items():
+            num_bytes = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+            library.simt_register_global(
+                ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(num_bytes), tensor_name.encode()
+            )
+        library.simt_reset_counters()
+        converted = [
+            ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, torch.Tensor) else argument
+            for argument in arguments
+        ]
+        if getattr(library, name)(*converted) != 0:
+            raise Diagnosis(library.simt_error().decode())
+        return {
+            library.simt_counter_name(index).decode(): library.simt_counter(index)
+            for index in range(library.simt_num_counters())
+        }
+
+
+def build(
+    source: Path, *, instrumented: bool = True, patches: Sequence[Patch] = (), defines: Sequence[str] = ()
+) -> Library:
+    """The emulated library of a .cu file with extern "C" entry points.
+
+    Instrumented builds check every access and are two to three times slower; the plain ones serve for big problems.
+    """
+    return Library(_compile(source, instrumented, patches, defines, ["-shared"], ".so"), instrumented)
+
+
+def build_program(source: Path, *, instrumented: bool = True) -> Path:
+    """The emulated executable of a .cu file with a main()."""
+    return _compile(source, instrumented, (), (), ["-pie"], "")
