@@ -1,0 +1,130 @@
+"""The benchmark's machinery on tiny cases: what it claims about its data and its files, never a time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adasplash2 import reference
+from bench import attention, timing
+from bench.cases import DENSE, Data, Shape, make_inputs
+from bench.peers import OURS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shape_of(length: int, *, is_causal: bool = False, dtype: torch.dtype = torch.float32) -> Shape:
+    return Shape(1, 2, length, 64, dtype, is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("support", [10.0, 60.0, DENSE])
+def test_gaussian_case_has_the_support_it_says(support, is_causal):
+    inputs = make_inputs(shape_of(384, is_causal=is_causal), Data(support), "cpu")
+    wanted = support if support != DENSE else 384 / 4 if is_causal else 384 / 2
+    assert inputs.support_size == pytest.approx(wanted, rel=0.1)  # drawn on a sample of the rows of one head
+    _, aux = reference.entmax_attention(*(inputs.query, inputs.key, inputs.value), is_causal=is_causal, return_aux=True)
+    assert inputs.support_size == pytest.approx(aux.support_size.float().mean().item(), rel=1e-3)
+    assert inputs.live_tile_fraction == pytest.approx(aux.live_tile_fraction.mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("live_tiles", [0.1, 0.4, 1.0])
+def test_block_case_has_the_live_tiles_it_says(live_tiles):
+    inputs = make_inputs(shape_of(64 * 20), Data(30.0, live_tiles), "cpu")  # one block of keys a topic
+    assert inputs.live_tile_fraction == pytest.approx(live_tiles, abs=1e-6)
+    assert inputs.support_size == pytest.approx(30.0, rel=0.15)
+
+
+def test_a_case_is_the_same_every_time():
+    first, second = (make_inputs(shape_of(128), Data(10.0, 0.2), "cpu") for _ in range(2))
+    assert torch.equal(first.query, second.query)
+    assert torch.equal(first.grad_out, second.grad_out)
+
+
+def test_functions_take_turns_in_changing_order():
+    calls: list[str] = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    samples = timing.measure(functions, rounds=4, warmup=1, min_sample_ms=0.0)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
+    assert "".join(calls[3:]) == "abc" + "bca" + "cab" + "abc"  # after one warm-up call of each
+
+
+def test_table_columns_line_up():
+    lines = timing.table(["case", "ms"], [["long name", "1.0"], ["x", "100.0"]]).splitlines()
+    assert lines == ["case          ms", "----------------", "long name    1.0", "x          100.0"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> Path:
+    """The folder that a tiny run of the benchmark wrote to."""
+    folder = tmp_path_factory.mktemp("bench")
+    arguments = "--length 64 128 --head-dim 64 --heads 1 --causal yes --support 8 --live 0.5 --rounds 2"
+    attention.main([*arguments.split(), "--dtype", "float32", "bfloat16", "--out", str(folder)])
+    return folder
+
+
+def test_report_holds_every_case_with_samples_and_description(report):
+    (path,) = report.glob("*.json")
+    content = json.loads(path.read_text())
+    assert {"cpu", "threads", "isa", "torch", "commit", "command", "date"} <= content["machine"].keys()
+    results = content["results"]
+    cases = {(r["dtype"], r["length"], r["data"], r["pass"]) for r in results}
+    assert len(cases) == len(results) == 2 * 2 * 2 * 2
+    for result in results:
+        assert {OURS, "sdpa"} <= result["samples_ms"].keys()
+        assert all(len(samples) == 2 for samples in result["samples_ms"].values())
+        assert result["ratio"] == pytest.approx(result["median_ms"][OURS] / result["median_ms"]["sdpa"])
+        assert 1 <= result["support_size"] <= result["length"]
+        assert 0 < result["live_tile_fraction"] <= 1
+        assert result["target"] == 1.3  # short sequences
+
+
+def test_report_has_a_picture(report):
+    (path,) = report.glob("*.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "length, is_causal, dtype, support, forward, training",
+    [
+        (4096, False, torch.float32, 30, 0.35, 0.13),
+        (4096, False, torch.bfloat16, 30, 0.35, 0.15),
+        (8192, True, torch.float32, 100, 0.45, 0.20),
+        (8192, True, torch.float32, 300, 0.60, 0.40),
+        (4096, True, torch.float32, 300, 0.75, 0.50),
+        (16384, False, torch.bfloat16, 30, 0.28, 0.11),
+        (4096, False, torch.float32, DENSE, 1.5, 1.5),
+        (256, False, torch.float32, 30, 1.3, 1.3),
+    ],
+)
+def test_targets(length, is_causal, dtype, support, forward, training):
+    shape = shape_of(length, is_causal=is_causal, dtype=dtype)
+    targets = [attention.target("cpu", shape, Data(support), which) for which in ("forward", "training")]
+    assert targets == [forward, training]
+
+
+def test_results_are_kept_only_at_a_clean_commit(monkeypatch):
+    monkeypatch.setattr(timing, "is_clean", lambda: False)
+    with pytest.raises(SystemExit, match="clean commit"):
+        attention.main(["--keep"])
+
+
+def test_gpu_check_stops_at_what_is_missing(tmp_path):
+    check = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), str(tmp_path / "out")]
+    plan = subprocess.run([*check, "--dry-run"], capture_output=True, text=True, check=True).stdout
+    steps = ["machine", "ptx", "build", "tests", "sanitizer", "bench", "profile"]
+    assert [line[1 : line.index("]")] for line in plan.splitlines() if line.startswith("[")] == steps
+    assert not (tmp_path / "out").exists()
+
+    # With nothing on PATH the first step cannot run, so no later one may.
+    stopped = subprocess.run(check, env={"PATH": ""}, capture_output=True, text=True)
+    assert stopped.returncode == 1
+    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert len(summary) == 1
+    assert summary[0].startswith("machine")
+    assert "no program nvidia-smi" in summary[0]
