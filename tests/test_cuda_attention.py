@@ -1,0 +1,213 @@
+"""The sm80 kernels end to end, forward and backward, held to the rule of tolerance.py.
+
+They run in the emulator with every memory access checked, or on a GPU where there is one; the code is the same.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cases
+import pytest
+import torch
+from cases import Shape
+from kernels import library
+from simt.emulator import SEEDS
+from tolerance import check
+
+BF16, FP16 = torch.bfloat16, torch.float16
+LENGTHS = (1, 63, 64, 65, 127, 200, 257, 515)
+_HEAD_DIMS = [(8, 8), (40, 64), (64, 96), (96, 40), (128, 128), (200, 256), (256, 136)]
+
+
+def check_case(name: str, shape: Shape, dtype: torch.dtype = BF16, seed: int = 0, **options: object) -> None:
+    """Forward and backward on a named input; the schedule's seed is the input's."""
+    query, key, value, grad_out = cases.inputs(name, shape, dtype, seed)
+    for tensor in (query, key, value):
+        tensor.requires_grad_()
+    attention = functools.partial(library.attention, seed=SEEDS[seed % len(SEEDS)])
+    check(attention, query, key, value, grad_out, enable_gqa=shape.kv_heads is not None, **options)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_lengths(length, is_causal):
+    check_case("gaussian", Shape(1, 1, length, length), seed=length, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_queries, num_keys", [(1, 257), (257, 2), (65, 200), (200, 65), (130, 127)])
+def test_as_many_queries_as_keys_is_not_needed(num_queries, num_keys, is_causal):
+    check_case("gaussian", Shape(1, 1, num_queries, num_keys), seed=num_keys, is_causal=is_causal)
+
+
+@pytest.mark.parametrize("seed", range(len(SEEDS)))
+@pytest.mark.parametrize("name", sorted(cases.MAKERS.keys() - {"one_hot"}))
+def test_named_inputs(name, seed):
+    check_case(name, Shape(1, 1, 130, 150), seed=seed, is_causal=seed % 2 == 1)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("name, shape", [("one_hot", Shape(1, 1, 130, 150)), ("gaussian", Shape(1, 1, 257, 1))])
+def test_support_of_one_key(name, shape, dtype):
+    """dS = dP - delta, where the two are one dot product summed in two orders: at most 2 Dv 2^-24 |dO| |v| remains."""
+    query, key, value, grad_out = cases.inputs(name, shape, dtype, seed=1)
+    tensors = [t.requires_grad_() for t in (query, key, value)]
+    out, aux = library.attention(*tensors, seed=1, return_aux=True)
+    best = (query.double() @ key.double().mT).argmax(-1)
+    assert torch.equal(out, value.detach()[:, :, best[0, 0]]) and (aux.support_size == 1).all()
+    grad_query, grad_key, grad_value = torch.autograd.grad(out, tensors, grad_out)
+    remainder = 2 * value.shape[-1] * 2**-24 * grad_out.norm(dim=-1).max() * value.norm(dim=-1).max()
+    assert grad_query.abs().max() <= remainder * key.norm(dim=-1).max() * key.shape[-1] ** -0.5
+    assert grad_key.abs().max() <= remainder * query.norm(dim=2).max() * key.shape[-1] ** -0.5
+    expected = torch.zeros_like(value, dtype=torch.float64)
+    expected.index_add_(2, best[0, 0], grad_out.double())
+    torch.testing.assert_close(grad_value.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "sparse", "dense", "constant", "huge_scores"])
+def test_float16(name):
+    check_case(name, Shape(1, 2, 100, 130), FP16, seed=1)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    "head_dim, value_head_dim", _HEAD_DIMS
+)
+def test_head_dims(head_dim, value_head_dim, dtype):
+    check_case("gaussian", Shape(1, 1, 130, 100, head_dim, value_head_dim=value_head_dim), dtype, seed=head_dim // 8)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 1.25, 1.1, 1.75])
+@pytest.mark.parametrize("name", ["gaussian", "dense", "rising"])
+def test_alphas(name, alpha):
+    check_case(name, Shape(1, 1, 100, 150), seed=2, alpha=alpha)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("alpha", [2.0, 1.25])
+def test_alphas_of_wide_heads(alpha, head_dim):
+    check_case("gaussian", Shape(1, 1, 70, 130, head_dim), seed=3, alpha=alpha, is_causal=True)
+
+
+def test_alpha_of_each_head():
+    alpha = torch.tensor([[1.5, 1.2], [2.0, 1.3]], dtype=torch.float64)
+    check_case("gaussian", Shape(2, 2, 70, 90), seed=1, alpha=alpha)
+    check_case("gaussian", Shape(2, 2, 70, 90), seed=2, alpha=alpha[:, :1])
+
+
+@pytest.mark.parametrize("kv_heads", [8, 4, 1])
+def test_grouped_heads(kv_heads):
+    check_case("gaussian", Shape(1, 8, 65, 70, kv_heads=kv_heads), seed=kv_heads, is_causal=kv_heads == 4)
+
+
+def test_batches_and_scale():
+    check_case("gaussian", Shape(3, 2, 70, 65), seed=1, scale=0.31)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_queries", [130, 100])
+def test_lengths_of_sequences(num_queries, is_causal):
+    """Keys past the length take no part, NaN or not; with as many queries as keys, neither do query rows."""
+    lengths = torch.tensor([0, 1, 64, 97, 130, 200])
+    shape = Shape(len(lengths), 1, num_queries, 130)
+    query, key, value, grad_out = cases.inputs("gaussian", shape, BF16)
+    for batch, length in enumerate(lengths):
+        key[batch, :, length:], value[batch, :, length:] = torch.nan, torch.nan
+        if num_queries == 130:
+            query[batch, :, length:] = torch.nan
+    attention = functools.partial(library.attention, seed=2, key_lengths=lengths, is_causal=is_causal)
+    run = attention(query, key, value)
+    clean = [t.nan_to_num().requires_grad_() for t in (query, key, value)]
+    result = check(library.attention, *clean, grad_out, key_lengths=lengths, is_causal=is_causal)
+    assert torch.equal(run, result.out)
+    for batch, length in enumerate(lengths):
+        assert not result.grads["key"][batch, :, length:].any() and not result.grads["value"][batch, :, length:].any()
+        if length == 0:
+            assert not result.out[batch].any() and result.aux.tau[batch].isposinf().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_bad_query_row_poisons_itself_alone(bad):
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 130, 100), BF16)
+    clean = library.attention(query, key, value)
+    query[0, 0, 37, 5] = bad
+    out, aux = library.attention(query, key, value, return_aux=True)
+    is_bad = torch.zeros(130, dtype=torch.bool)
+    is_bad[37] = True
+    assert out[0, 0, is_bad].isnan().all() and aux.tau[0, 0, is_bad].isnan().all()
+    assert torch.equal(out[0, 0, ~is_bad], clean[0, 0, ~is_bad])
+
+
+def test_nan_key_poisons_the_rows_that_see_it():
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 130, 130), BF16)
+    clean = library.attention(query, key, value, is_causal=True)
+    key[0, 0, 70, 3] = torch.nan
+    out = library.attention(query, key, value, is_causal=True)
+    assert out[0, 0, 70:].isnan().all()
+    assert torch.equal(out[0, 0, :70], clean[0, 0, :70])
+
+
+def test_key_of_minus_infinity_takes_no_part():
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 64, 100), BF16)
+    query = query.abs()
+    without = torch.cat([key[:, :, :20], key[:, :, 21:]], 2), torch.cat([value[:, :, :20], value[:, :, 21:]], 2)
+    key[0, 0, 20] = -torch.inf
+    torch.testing.assert_close(
+        library.attention(query, key, value), library.attention(query, *without), rtol=2**-7, atol=2**-7
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_rows_of_larger_buffers(is_causal):
+    """Heads inside of rows (B, N, H, D), as projections write them, with NaN all around."""
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(2, 2, 70, 90), BF16)
+
+    def embedded(tensor: torch.Tensor) -> torch.Tensor:
+        batch, heads, rows, dim = tensor.shape
+        buffer = tensor.new_full((batch, rows + 2, heads + 1, dim + 8), torch.nan)
+        view = buffer.transpose(1, 2)[:, :heads, 1 : rows + 1, :dim]
+        view.copy_(tensor)
+        return view
+
+    strided = library.attention(*map(embedded, (query, key, value)), is_causal=is_causal)
+    assert torch.equal(strided, library.attention(query, key, value, is_causal=is_causal))
+    tensors = [embedded(t).detach().requires_grad_() for t in (query, key, value)]
+    check(library.attention, *tensors, grad_out, is_causal=is_causal)
+
+
+def test_same_bits_under_every_schedule():
+    query, key, value, grad_out = (
+        t.to(library.device()) for t in cases.inputs("gaussian", Shape(1, 2, 150, 200), BF16)
+    )
+    runs = []
+    for seed in SEEDS:
+        run = library.forward(library.build(), query, key, value, seed=seed)
+        grads = library.backward(library.build(), run, grad_out, seed=seed)
+        runs.append((run.out, run.tau, run.gap_mean_v, run.block_mask_words, grads.query, grads.key, grads.value))
+    for other in runs[1:]:
+        for first, second in zip(runs[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"scale": -1.0}, "scale"),
+        ({"scale": 0.0}, "scale"),
+        ({"alpha": 2.5}, "alpha"),
+        ({"alpha": 1.0}, "alpha"),
+        ({"dtype": torch.float32}, "dtype"),
+        ({"head_dim": 264}, "256"),
+        ({"head_dim": 60}, "multiples of 8"),
+        ({"padding": 4}, "16-byte aligned"),
+    ],
+)
+def test_what_is_not_built_says_so(change, message):
+    change = dict(change)
+    dtype, head_dim, padding = change.pop("dtype", BF16), change.pop("head_dim", 64), change.pop("padding", 0)
+    query, key, value = (
+        torch.randn(1, 1, 64, head_dim + padding, device=library.device()).to(dtype)[..., :head_dim] for _ in range(3)
+    )
+    with pytest.raises(Exception, match=message):
+        library.forward(library.build(), query, key, value, **change)
