@@ -1,0 +1,345 @@
+// The only file that knows torch: operator schemas, autograd, autocast, and the CPU entry points.
+//
+//   attention            what Python calls; differentiable (Autograd), cast like SDPA (Autocast)
+//   attention_forward    the forward kernels, with everything the backward pass wants saved
+//   attention_backward   the backward kernels
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/autocast_mode.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <sys/mman.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "adasplash2.h"
+#include "check_tensor.h"
+#include "cpu/support_layout.h"
+#include "error.h"
+
+namespace adasplash2 {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Parallel torch_threads() {
+  return {at::get_num_threads(), [](int num_threads, const std::function<void(int)>& body) {
+            at::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
+            });
+          }};
+}
+
+// Zeros whose pages are committed as they are written: the support buffer is sized for the worst case that is still
+// saved, so its shape does not depend on the data, but it costs only the memory of the support that there is.
+Tensor lazily_committed(int64_t bytes) {
+  constexpr int64_t kWorthMapping = 1 << 16;
+  const auto options = at::TensorOptions().dtype(at::kByte);
+  if (bytes < kWorthMapping) return at::zeros({bytes}, options);
+  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  TORCH_CHECK(data != MAP_FAILED, "adasplash2: could not map ", bytes, " bytes for the saved support");
+  return at::from_blob(data, {bytes}, [bytes](void* mapped) { munmap(mapped, bytes); }, options);
+}
+
+struct ProblemTensors {  // keeps what the params point at alive
+  Tensor query, key, value, mask, key_lengths, alpha_heads;
+};
+
+void fill_problem(AttentionProblem& problem, ProblemTensors& tensors, const Tensor& query, const Tensor& key,
+                  const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+                  const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal) {
+  TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                    "adasplash2: query, key and value must have 4 dimensions, got ", query.dim(), ", ", key.dim(), " and ",
+                    value.dim());
+  const int64_t batch = query.size(0), num_heads = query.size(1), num_kv_heads = key.size(1);
+  const int64_t num_queries = query.size(2), num_keys = key.size(2), head_dim = query.size(3);
+  check_tensor(key, "key", {batch, num_kv_heads, num_keys, head_dim}, query);
+  check_tensor(value, "value", {batch, num_kv_heads, num_keys, value.size(3)}, query);
+  check_dtype(key, "key", query.scalar_type());
+  check_dtype(value, "value", query.scalar_type());
+  TORCH_CHECK_VALUE(num_kv_heads == num_heads || (num_kv_heads > 0 && num_heads % num_kv_heads == 0),
+                    "adasplash2: the number of query heads must be a multiple of the number of key heads, got ",
+                    num_heads, " and ", num_kv_heads);
+  problem.dtype = data_type(query);
+  problem.batch = batch;
+  problem.num_heads = num_heads;
+  problem.num_kv_heads = num_kv_heads;
+  problem.num_queries = num_queries;
+  problem.num_keys = num_keys;
+  tensors.query = padded_rows(query, cpu::kHeadDimMultiple);
+  tensors.key = padded_rows(key, cpu::kHeadDimMultiple);
+  tensors.value = padded_rows(value, cpu::kHeadDimMultiple);
+  problem.head_dim = tensors.query.size(3);
+  problem.value_head_dim = tensors.value.size(3);
+  problem.query = rows(tensors.query);
+  problem.key = rows(tensors.key);
+  problem.value = rows(tensors.value);
+  if (attn_mask) {
+    tensors.mask = *attn_mask;
+    TORCH_CHECK_VALUE(tensors.mask.dim() == 4, "adasplash2: attn_mask must have 4 dimensions, got ", tensors.mask.dim());
+    const std::array<int64_t, 4> full{batch, num_heads, num_queries, num_keys};
+    for (int64_t dim = 0; dim < 4; ++dim) {
+      TORCH_CHECK_VALUE(tensors.mask.size(dim) == 1 || tensors.mask.size(dim) == full[dim],
+                        "adasplash2: attn_mask must broadcast to ", at::IntArrayRef(full), ", got ", tensors.mask.sizes());
+    }
+    TORCH_CHECK_TYPE(tensors.mask.scalar_type() == at::kBool || tensors.mask.scalar_type() == query.scalar_type(),
+                     "adasplash2: attn_mask must be bool or have the dtype of query (", query.scalar_type(), "), got ",
+                     tensors.mask.scalar_type());
+    problem.mask = mask_view(tensors.mask);
+  }
+  if (key_lengths) {
+    check_tensor(*key_lengths, "key_lengths", {batch}, query);
+    tensors.key_lengths = key_lengths->to(at::kLong).contiguous();
+    problem.key_lengths = tensors.key_lengths.const_data_ptr<int64_t>();
+  }
+  if (alpha_heads) {
+    check_tensor(*alpha_heads, "alpha", {batch, num_heads}, query);
+    check_dtype(*alpha_heads, "alpha", at::kDouble);
+    tensors.alpha_heads = *alpha_heads;
+    problem.alpha_heads = tensors.alpha_heads.const_data_ptr<double>();
+    problem.alpha_stride_batch = tensors.alpha_heads.stride(0);
+    problem.alpha_stride_head = tensors.alpha_heads.stride(1);
+  }
+  problem.alpha = alpha;
+  problem.scale = scale;
+  problem.is_causal = is_causal;
+}
+
+at::ScalarType accumulation_type(const Tensor& tensor) { return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
+    bool want_block_mask, bool want_support) {
+  AttentionForward params;
+  ProblemTensors tensors;
+  fill_problem(params, tensors, query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal);
+  const std::array<int64_t, 3> rows_shape{params.batch, params.num_heads, params.num_queries};
+  const Tensor out = at::empty({params.batch, params.num_heads, params.num_queries, params.value_head_dim}, query.options());
+  const Tensor tau = at::empty(rows_shape, query.options().dtype(accumulation_type(query)));
+  const Tensor support_size = at::empty(rows_shape, query.options().dtype(at::kInt));
+  const auto num_tiles = [](int64_t n) { return (n + 63) / 64; };
+  const Tensor block_mask = want_block_mask
+                                ? at::zeros({params.batch, params.num_heads, num_tiles(params.num_queries), num_tiles(params.num_keys)},
+                                            query.options().dtype(at::kByte))
+                                : at::empty({0}, query.options().dtype(at::kByte));
+  const Tensor support = lazily_committed(want_support ? cpu::support_bytes(params) : 0);
+  params.out = rows(out);
+  params.tau = tau.data_ptr();
+  params.support_size = support_size.data_ptr<int32_t>();
+  params.block_mask = want_block_mask ? block_mask.data_ptr<uint8_t>() : nullptr;
+  params.support = want_support ? support.data_ptr() : nullptr;
+  cpu::attention_forward(params, torch_threads());
+  const bool is_padded = params.value_head_dim != value.size(3);
+  return {is_padded ? out.narrow(3, 0, value.size(3)).contiguous() : out, tau, support_size, block_mask, support};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, const Tensor& support_size, const Tensor& support,
+    double alpha, double scale, bool is_causal, std::array<bool, 5> wanted) {
+  AttentionBackward params;
+  ProblemTensors tensors;
+  fill_problem(params, tensors, query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal);
+  check_tensor(grad_out, "grad_out", {params.batch, params.num_heads, params.num_queries, value.size(3)}, query);
+  const std::array<int64_t, 3> rows_shape{params.batch, params.num_heads, params.num_queries};
+  check_tensor(support_size, "support_size", rows_shape, query);
+  check_tensor(support, "support", {cpu::support_bytes(params)}, query);
+  TORCH_CHECK(support_size.is_contiguous() && support.is_contiguous(), "adasplash2: the saved support must be contiguous");
+  const Tensor padded_grad_out = padded_rows(grad_out.to(query.scalar_type()), cpu::kHeadDimMultiple);
+  const auto gradient = [&](bool is_wanted, const Tensor& like, int64_t dim) {
+    return is_wanted ? at::empty({like.size(0), like.size(1), like.size(2), dim}, query.options())
+                     : at::empty({0}, query.options());
+  };
+  const Tensor grad_query = gradient(wanted[0], query, params.head_dim);
+  const Tensor grad_key = gradient(wanted[1], key, params.head_dim);
+  const Tensor grad_value = gradient(wanted[2], value, params.value_head_dim);
+  Tensor grad_mask = at::empty({0}, query.options());
+  const auto accumulation = query.options().dtype(accumulation_type(query));
+  if (wanted[3]) {
+    // The kernels address it with the mask's own strides, so it is a mask of distinct, dense elements.
+    TORCH_CHECK(attn_mask && tensors.mask.scalar_type() != at::kBool, "adasplash2: only a float attn_mask has a gradient");
+    tensors.mask = tensors.mask.contiguous();
+    params.mask = mask_view(tensors.mask);
+    grad_mask = at::zeros(tensors.mask.sizes(), accumulation);
+    params.grad_mask = grad_mask.data_ptr();
+  }
+  Tensor grad_alpha = at::empty({0}, query.options().dtype(at::kDouble));
+  if (wanted[4]) {
+    grad_alpha = at::empty({params.batch, params.num_heads}, query.options().dtype(at::kDouble));
+    params.grad_alpha = grad_alpha.data_ptr<double>();
+  }
+  params.support_size = support_size.const_data_ptr<int32_t>();
+  params.support = support.const_data_ptr();
+  params.grad_out = rows(padded_grad_out);
+  if (wanted[0]) params.grad_query = rows(grad_query);
+  if (wanted[1]) params.grad_key = rows(grad_key);
+  if (wanted[2]) params.grad_value = rows(grad_value);
+  cpu::attention_backward(params, torch_threads());
+  const auto unpadded = [](const Tensor& gradient, const Tensor& like) {
+    if (gradient.dim() != 4 || gradient.size(3) == like.size(3)) return gradient;
+    return gradient.narrow(3, 0, like.size(3)).contiguous();
+  };
+  return {unpadded(grad_query, query), unpadded(grad_key, key), unpadded(grad_value, value),
+          wanted[3] ? grad_mask.to(query.scalar_type()) : grad_mask, grad_alpha};
+}
+
+// ---- dispatcher entry points ------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
+    bool want_block_mask, bool want_support) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("adasplash2::attention_forward", "")
+                             .typed<decltype(attention_forward)>();
+  return op.call(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask,
+                 want_support);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, const Tensor& support_size, const Tensor& support,
+    double alpha, double scale, bool is_causal, std::array<bool, 5> wanted) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("adasplash2::attention_backward", "")
+                             .typed<decltype(attention_backward)>();
+  return op.call(grad_out, query, key, value, attn_mask, key_lengths, alpha_heads, support_size, support, alpha, scale,
+                 is_causal, wanted);
+}
+
+using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+AttentionResult attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+                          const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, double alpha, double scale,
+                          bool is_causal, bool want_block_mask) {
+  auto [out, tau, support_size, block_mask, support] = attention_forward(
+      query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask, /*want_support=*/false);
+  return {out, tau, support_size, block_mask};
+}
+
+// Saved: the inputs, the support size of every row and the support itself (gap and column of each key with prob > 0,
+// for row blocks where that is not too much: support_layout.h). Not saved: out, any score, any probability.
+struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& query,
+                                                const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
+                                                const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads,
+                                                double alpha, double scale, bool is_causal, bool want_block_mask) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, tau, support_size, block_mask, support] = attention_forward(
+        query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask, /*want_support=*/true);
+    ctx->save_for_backward({query, key, value, attn_mask.value_or(Tensor()), key_lengths.value_or(Tensor()),
+                            alpha_heads.value_or(Tensor()), support_size, support});
+    ctx->saved_data["alpha"] = alpha;
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["is_causal"] = is_causal;
+    ctx->mark_non_differentiable({tau, support_size, block_mask});
+    return {out, tau, support_size, block_mask};
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 torch::autograd::variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto optional = [&](int index) { return saved[index].defined() ? OptionalTensor(saved[index]) : std::nullopt; };
+    const std::array<bool, 5> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                                     saved[3].defined() && ctx->needs_input_grad(3),
+                                     saved[5].defined() && ctx->needs_input_grad(5)};
+    const auto [grad_query, grad_key, grad_value, grad_mask, grad_alpha] = attention_backward(
+        grads[0], saved[0], saved[1], saved[2], optional(3), optional(4), optional(5), saved[6], saved[7],
+        ctx->saved_data["alpha"].toDouble(), ctx->saved_data["scale"].toDouble(), ctx->saved_data["is_causal"].toBool(), wanted);
+    const auto if_wanted = [&](int index, const Tensor& gradient) { return wanted[index] ? gradient : Tensor(); };
+    return {if_wanted(0, grad_query), if_wanted(1, grad_key), if_wanted(2, grad_value), if_wanted(3, grad_mask), Tensor(),
+            if_wanted(4, grad_alpha), Tensor(), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+AttentionResult attention_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+                                   const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
+                                   bool want_block_mask) {
+  const auto needs_grad = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
+  if (!at::GradMode::is_enabled() || !(query.requires_grad() || key.requires_grad() || value.requires_grad() ||
+                                       needs_grad(attn_mask) || needs_grad(alpha_heads))) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return attention(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask);
+  }
+  const auto results = AttentionFunction::apply(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale,
+                                                is_causal, want_block_mask);
+  return {results[0], results[1], results[2], results[3]};
+}
+
+template <c10::DeviceType device, c10::DispatchKey autocast_key>
+AttentionResult attention_autocast(const Tensor& query, const Tensor& key, const Tensor& value,
+                                   const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
+                                   const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
+                                   bool want_block_mask) {
+  c10::impl::ExcludeDispatchKeyGuard guard(autocast_key);
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, device); };
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("adasplash2::attention", "")
+                             .typed<decltype(attention)>();
+  return op.call(cast(query), cast(key), cast(value), attn_mask ? OptionalTensor(cast(*attn_mask)) : attn_mask, key_lengths,
+                 alpha_heads, alpha, scale, is_causal, want_block_mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(adasplash2, m) {
+  m.def(
+      "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, Tensor? alpha_heads, "
+      "float alpha, float scale, bool is_causal, bool want_block_mask) -> (Tensor out, Tensor tau, Tensor support_size, "
+      "Tensor block_mask)");
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, "
+      "Tensor? alpha_heads, float alpha, float scale, bool is_causal, bool want_block_mask, bool want_support) -> "
+      "(Tensor out, Tensor tau, Tensor support_size, Tensor block_mask, Tensor support)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
+      "Tensor? key_lengths, Tensor? alpha_heads, Tensor support_size, Tensor support, float alpha, float scale, "
+      "bool is_causal, bool[5] wanted) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, "
+      "Tensor grad_alpha)");
+}
+
+TORCH_LIBRARY_IMPL(adasplash2, CPU, m) {
+  m.impl("attention", attention);
+  m.impl("attention_forward", attention_forward_cpu);
+  m.impl("attention_backward", attention_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(adasplash2, Autograd, m) {
+  m.impl("attention", attention_autograd);
+  m.impl("attention_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("attention_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+TORCH_LIBRARY_IMPL(adasplash2, AutocastCPU, m) {
+  m.impl("attention", attention_autocast<c10::DeviceType::CPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(adasplash2, AutocastCUDA, m) {
+  m.impl("attention", attention_autocast<c10::DeviceType::CUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of adasplash2; importing it registers torch.ops.adasplash2.";
+  m.attr("version") = ADASPLASH2_VERSION;
+  m.attr("has_cuda") = false;
+  m.attr("support_layout") = py::make_tuple(cpu::kRowBlock, cpu::kSavedPerRow, cpu::SupportLayout::kHeaderBytes);
+  m.def("isa_levels", &cpu::isa_levels, "Instruction sets this machine can run, slowest first.");
+  m.def("isa", &cpu::isa, "The instruction set in use.");
+  m.def("set_isa", &cpu::set_isa, "Choose the instruction set (tests and measurements).");
+  const std::string capability = at::get_cpu_capability();  // honours ATEN_CPU_CAPABILITY
+  if (capability == "DEFAULT") cpu::set_isa("baseline");
+  else if (capability == "AVX2") cpu::set_isa("avx2");
+}
+
+}  // namespace adasplash2

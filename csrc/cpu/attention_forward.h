@@ -1,0 +1,296 @@
+// Forward pass: scan -> tau -> output, one task per (batch, head, block of kRowBlock queries).
+//
+// In:  query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), masks.
+// Out: out (B, H, Nq, Dv), tau and support_size (B, H, Nq), the support (support_layout.h), block_mask on request.
+// A row block is scanned into lists (scan.h). If its rows turn out to keep a large part of their keys, it is done again
+// in strips (dense.h). docs/performance.md has the cost of each step.
+#pragma once
+
+#include "cpu/dense.h"
+#include "cpu/gather.h"
+#include "cpu/scan.h"
+
+namespace adasplash2::cpu::ADASPLASH2_ISA {
+
+// The keys (or values) of every kv head, packed in panels.
+template <class Real>
+struct PackedPanels {
+  Buffer<Real> data;
+  int64_t panels_per_head = 0, panel_size = 0;
+  const Real* head(int64_t kv_index) const { return data.data() + kv_index * panels_per_head * panel_size; }
+  const Real* panel(int64_t kv_index, int64_t panel) const { return head(kv_index) + panel * panel_size; }
+};
+
+template <class Element>
+PackedPanels<Accumulator<Element>> pack_panels(const AttentionProblem& problem, const Rows& matrix, int64_t depth,
+                                               const Parallel& parallel) {
+  using Real = Accumulator<Element>;
+  PackedPanels<Real> packed;
+  packed.panels_per_head = (problem.num_keys + kPanelCols - 1) / kPanelCols;
+  packed.panel_size = depth * kPanelCols;
+  Real* data = packed.data.reserve(problem.batch * problem.num_kv_heads * packed.panels_per_head * packed.panel_size);
+  run_tasks(parallel, problem.batch * problem.num_kv_heads * packed.panels_per_head, [&] {
+    return [&](int64_t task) {
+      const int64_t panel = task % packed.panels_per_head, kv_index = task / packed.panels_per_head;
+      const int64_t first = panel * kPanelCols;
+      pack_panel(row_pointer<Element>(matrix, kv_index / problem.num_kv_heads, kv_index % problem.num_kv_heads, first),
+                 matrix.stride_row, std::min<int64_t>(kPanelCols, problem.num_keys - first), depth,
+                 data + task * packed.panel_size);
+    };
+  });
+  return packed;
+}
+
+// ---- block mask -------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMaskTile = 64;
+constexpr uint8_t kTileUnmasked = 1, kTileLive = 2;
+
+struct BlockMaskView {
+  uint8_t* data = nullptr;  // of one head
+  int64_t num_tiles_n = 0;
+
+  BlockMaskView() = default;
+  template <class Element>
+  BlockMaskView(uint8_t* base, const HeadView<Element>& view) {
+    const int64_t num_tiles_m = (view.problem.num_queries + kMaskTile - 1) / kMaskTile;
+    num_tiles_n = (view.problem.num_keys + kMaskTile - 1) / kMaskTile;
+    data = base == nullptr ? nullptr : base + view.index() * num_tiles_m * num_tiles_n;
+  }
+  // Row blocks of different threads share tiles.
+  void mark(int64_t row, int64_t col, uint8_t bit) const {
+    __atomic_fetch_or(data + row / kMaskTile * num_tiles_n + col / kMaskTile, bit, __ATOMIC_RELAXED);
+  }
+};
+
+static_assert(kMaskTile == kPanelCols, "a tile of the block mask is as wide as a panel");
+
+template <class Element>
+void mark_unmasked(const HeadView<Element>& view, const RowBlock& block, const BlockMaskView& block_mask) {
+  MaskPanel<Accumulator<Element>> mask;
+  for (int64_t row = 0; row < block.num_rows; ++row) {
+    for (int64_t first_key = 0; first_key < block.key_end[row]; first_key += kPanelCols) {
+      load_mask_panel(view, block.first_row + row, first_key, block.key_end[row], mask);
+      if (mask.allowed != 0) block_mask.mark(block.first_row + row, first_key, kTileUnmasked);
+    }
+  }
+}
+
+// ---- one task ---------------------------------------------------------------------------------------------------------
+
+template <class Element>
+class ForwardWorker {
+  using Real = Accumulator<Element>;
+
+ public:
+  ForwardWorker(const AttentionForward& params, const PackedPanels<Real>& keys)
+      : params_(params), keys_(keys), layout_(params), lists_(std::make_unique<RowLists<Real>>()) {
+    groups_.reserve(kRowBlock * params.head_dim);
+    out_rows_.reserve(kRowBlock * params.value_head_dim);
+  }
+
+  void operator()(int64_t task) {
+    const int64_t head = task / layout_.blocks_per_head;
+    const HeadView<Element> view(params_, head / params_.num_heads, head % params_.num_heads);
+    // Causal rows see more keys the later they come: the longest tasks go first.
+    const int64_t block = layout_.blocks_per_head - 1 - task % layout_.blocks_per_head;
+    with_power(view.alpha, [&](auto exponent) { run<exponent>(view, block); });
+  }
+
+ private:
+  template <Exponent kExponent>
+  void run(const HeadView<Element>& view, int64_t block_index) {
+    const RowBlock block(view, block_index);
+    const Power<Real, kExponent> power(view.alpha);
+    pack_groups(view.query(block.first_row), params_.query.stride_row, block.num_rows, params_.head_dim,
+                view.units.query_factor, groups_.data());
+    begin_block(view, block, block_index);
+    if (scan(view, block, power)) {
+      for (int64_t row = 0; row < block.num_rows; ++row) finish_row(view, block, row, power);
+      if (saved_block_ != nullptr) *saved_block_ = entries_used_ <= layout_.block_capacity;
+      sum_values(view, block);
+    } else {
+      run_strips(view, block, power);
+    }
+  }
+
+  // Where this block's results go.
+  void begin_block(const HeadView<Element>& view, const RowBlock& block, int64_t block_index) {
+    const int64_t first = view.index() * params_.num_queries + block.first_row;
+    tau_ = static_cast<Real*>(params_.tau) + first;
+    support_size_ = params_.support_size + first;
+    block_mask_ = BlockMaskView(params_.block_mask, view);
+    if (block_mask_.data != nullptr) mark_unmasked(view, block, block_mask_);
+    char* support = static_cast<char*>(params_.support);
+    origins_ = support == nullptr ? nullptr : reinterpret_cast<Real*>(support + layout_.origin_offset(first));
+    char* region = support == nullptr ? nullptr : support + layout_.block_offset(view.index(), block_index);
+    saved_block_ = reinterpret_cast<int64_t*>(region);
+    entries_ = region == nullptr ? nullptr : region + SupportLayout::kHeaderBytes;
+    entries_used_ = 0;
+  }
+
+  void set_row(int64_t row, Real score_max, Real tau_shifted, Real unit, int64_t support_size) {
+    // No key: tau is +inf; a NaN score: tau is NaN.
+    tau_[row] = unit * (score_max + tau_shifted);
+    support_size_[row] = static_cast<int32_t>(support_size);
+    if (origins_ != nullptr) {
+      origins_[2 * row] = score_max;
+      origins_[2 * row + 1] = tau_shifted;
+    }
+  }
+
+  // Every panel the block may see; false if the rows keep so much that strips are faster.
+  template <Exponent kExponent>
+  bool scan(const HeadView<Element>& view, const RowBlock& block, const Power<Real, kExponent>& power) {
+    lists_->reset(block.num_rows);
+    const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
+    for (int64_t panel = block.num_panels - 1; panel >= 0; --panel) {
+      scan_panel(view, block, groups_.data(), keys_.panel(kv_index, panel), panel, power, *lists_);
+    }
+    return true;
+  }
+
+  template <Exponent kExponent>
+  void finish_row(const HeadView<Element>& view, const RowBlock& block, int64_t row, const Power<Real, kExponent>& power) {
+    const Real unit = view.units.unit;
+    prune(*lists_, row, power, unit);
+    Real* score = lists_->score[row];
+    int32_t* column = lists_->column[row];
+    int64_t size = lists_->size[row];
+    if (lists_->is_poisoned[row] && block.key_end[row] > 0) {
+      set_row(row, 0, std::numeric_limits<Real>::quiet_NaN(), unit, 0);
+      return;
+    }
+    if (size == 0) {
+      set_row(row, 0, kInfinity<Real>, unit, 0);
+      return;
+    }
+    pad(score, size);
+    const Real score_max = list_max(score, size).max;
+    for (int64_t j = 0; j < size; j += kLanes<Real>) store(score + j, load(score + j) - score_max);
+    pad(score, size);
+    const Real start = std::max(lists_->lower[row] - score_max, -1 / unit);
+    const Real tau_shifted = list_tau(power, score, size, start, unit);
+    size = list_keep_above(score, column, size, tau_shifted);
+    lists_->size[row] = static_cast<int32_t>(size);
+    set_row(row, score_max, tau_shifted, unit, size);
+    for (int64_t j = 0; j < size; j += kLanes<Real>) store(score + j, (load(score + j) - tau_shifted) * unit);
+    if (entries_ != nullptr && entries_used_ + size <= layout_.block_capacity) {
+      char* saved = entries_ + entries_used_ * layout_.entry_bytes();
+      std::memcpy(saved, score, size * sizeof(Real));
+      std::memcpy(saved + size * sizeof(Real), column, size * sizeof(int32_t));
+    }
+    entries_used_ += size;
+    if (block_mask_.data != nullptr) {
+      for (int64_t j = 0; j < size; ++j) block_mask_.mark(block.first_row + row, column[j], kTileLive);
+    }
+    pad(score, size);
+    for (int64_t j = 0; j < size; j += kLanes<Real>) store(score + j, power.prob(max<Real>(load(score + j), Vector<Real>{})));
+  }
+
+  void sum_values(const HeadView<Element>& view, const RowBlock& block) {
+    const int64_t dim = params_.value_head_dim;
+    const MatrixView<Element> values{view.value(0), params_.value.stride_row};
+    for (int64_t row = 0; row < block.num_rows; ++row) {
+      Real* out = out_rows_.data();
+      gather_sum<false>(values, dim, lists_->column[row], lists_->score[row], lists_->size[row], out);
+      write_out(view, block, row, out);
+    }
+  }
+
+  void write_out(const HeadView<Element>& view, const RowBlock& block, int64_t row, const Real* out) {
+    Element* to = mutable_row_pointer<Element>(params_.out, view.batch, view.head, block.first_row + row);
+    if (tau_[row] != tau_[row]) fill_row(to, params_.value_head_dim, tau_[row]);
+    else convert_row(out, params_.value_head_dim, to);
+  }
+
+  template <Exponent kExponent>
+  void run_strips(const HeadView<Element>& view, const RowBlock& block, const Power<Real, kExponent>& power) {
+    const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
+    const int64_t dim = params_.value_head_dim, num_cols = block.num_panels * kPanelCols;
+    strip_.reserve(block.num_panels);
+    for (int64_t first = 0; first < block.num_rows; first += strip_.rows) {
+      const int64_t last = std::min(block.num_rows, first + strip_.rows);
+      score_strip(view, block, first, groups_.data(), keys_.head(kv_index), strip_);
+      for (int64_t row = first; row < last; ++row) {
+        solve_strip_row(view, block, row, strip_.row(row - first), num_cols, power);
+      }
+      // Rows that fill up the last group have probabilities of no meaning; their output is not written.
+      std::memset(out_rows_.data(), 0, strip_.rows * dim * sizeof(Real));
+      for (int64_t first_key = 0; first_key < num_cols; first_key += kPanelCols) {
+        const MatrixView<Element> values{view.value(first_key), params_.value.stride_row};
+        const int64_t count = std::min<int64_t>(kPanelCols, params_.num_keys - first_key);
+        const bool are_finite = all_finite(values, count, dim);
+        for (int64_t row = first; row < last; row += kTileRows) {
+          accumulate_rows(strip_.row(row - first) + first_key, strip_.stride, values, count, dim,
+                          out_rows_.data() + (row - first) * dim, are_finite);
+        }
+      }
+      for (int64_t row = first; row < last; ++row) write_out(view, block, row, out_rows_.data() + (row - first) * dim);
+    }
+  }
+
+  // Scores -> probabilities, in place.
+  template <Exponent kExponent>
+  void solve_strip_row(const HeadView<Element>& view, const RowBlock& block, int64_t row, Real* score, int64_t num_cols,
+                       const Power<Real, kExponent>& power) {
+    const Real unit = view.units.unit;
+    const MaxResult<Real> top = list_max(score, num_cols);
+    if (!top.is_finite || top.max == kLowest<Real>) {
+      set_row(row, 0, top.is_finite ? kInfinity<Real> : std::numeric_limits<Real>::quiet_NaN(), unit, 0);
+      fill_row(score, num_cols, Real(0));
+      return;
+    }
+    for (int64_t j = 0; j < num_cols; j += kLanes<Real>) store(score + j, load(score + j) - top.max);
+    const Real tau_shifted = list_tau(power, score, num_cols, -1 / unit, unit);
+    int64_t size = 0;
+    for (int64_t first_key = 0; first_key < num_cols; first_key += kPanelCols) {
+      int64_t size_of_panel = 0;
+      for (int64_t j = first_key; j < first_key + kPanelCols; j += kLanes<Real>) {
+        const Vector<Real> gap = max<Real>((load(score + j) - tau_shifted) * unit, Vector<Real>{});
+        size_of_panel += __builtin_popcount(above<Real>(gap, Vector<Real>{}));
+        store(score + j, power.prob(gap));
+      }
+      if (size_of_panel > 0 && block_mask_.data != nullptr) {
+        block_mask_.mark(block.first_row + row, first_key, kTileLive);
+      }
+      size += size_of_panel;
+    }
+    set_row(row, top.max, tau_shifted, unit, size);
+  }
+
+  const AttentionForward& params_;
+  const PackedPanels<Real>& keys_;
+  const SupportLayout layout_;
+  Buffer<Real> groups_;    // the block's queries, packed
+  Buffer<Real> out_rows_;  // [kRowBlock, Dv]
+  std::unique_ptr<RowLists<Real>> lists_;
+  Strip<Real> strip_;
+  Real* tau_ = nullptr;
+  int32_t* support_size_ = nullptr;
+  BlockMaskView block_mask_;
+  Real* origins_ = nullptr;
+  int64_t* saved_block_ = nullptr;
+  char* entries_ = nullptr;
+  int64_t entries_used_ = 0;
+};
+
+template <class Element>
+void forward_typed(const AttentionForward& params, const Parallel& parallel) {
+  const auto keys = pack_panels<Element>(params, params.key, params.head_dim, parallel);
+  const int64_t num_tasks = params.batch * params.num_heads * SupportLayout(params).blocks_per_head;
+  run_tasks(parallel, num_tasks, [&] { return ForwardWorker<Element>(params, keys); });
+}
+
+inline void attention_forward(const AttentionForward& params, const Parallel& parallel) {
+  switch (params.dtype) {
+    case DataType::kFloat32: return forward_typed<float>(params, parallel);
+    case DataType::kBFloat16: return forward_typed<BFloat16>(params, parallel);
+    case DataType::kFloat16: return forward_typed<Float16>(params, parallel);
+    case DataType::kFloat64: return forward_typed<double>(params, parallel);
+    case DataType::kBool: break;
+  }
+  throw std::invalid_argument("adasplash2: expected a floating point dtype");
+}
+
+}  // namespace adasplash2::cpu::ADASPLASH2_ISA
