@@ -14,27 +14,21 @@ Sources: Martins & Astudillo 2016 (sparsemax), Peters et al. 2019 (entmax, sorti
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["AttentionAux", "entmax", "entmax15", "entmax_attention", "sparsemax"]
+from adasplash2.attention import AttentionAux
+
+__all__ = ["entmax", "entmax15", "entmax_attention", "sparsemax"]
 
 Method = Literal["auto", "sort", "bisection"]
 
 TILE = 64  # live_tile_fraction counts tiles of TILE queries x TILE keys
 BISECTION_STEPS = 24  # leaves tau within 2^-24 of its bracket, which is at most 1 wide
 NEWTON_STEPS = 5  # from there quadratic convergence reaches float64 rounding with room to spare
-
-
-class AttentionAux(NamedTuple):
-    """What :func:`entmax_attention` knows beside its output, one entry per query row or per head."""
-
-    tau: Tensor  # (B, H, Nq) float32 (float64 for float64 inputs), in units of z = (alpha - 1) * score; +inf: no key
-    support_size: Tensor  # (B, H, Nq) int32, keys with prob > 0
-    live_tile_fraction: Tensor  # (B, H) float32, tiles with any prob > 0 / tiles with any key that may take part
 
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, method: Method = "auto") -> Tensor:
@@ -98,7 +92,8 @@ def entmax_attention(
         scale: default 1 / sqrt(D).
         enable_gqa: query head h reads key and value head h // (H / Hkv).
         alpha: a number in [1, 2], or a tensor of values in (1, 2] broadcastable to (..., H).
-        key_lengths: (...,) integers; keys at and past the length take no part, nor do query rows when Nq == Nk.
+        key_lengths: (B,) integers, one for each of the leading dimensions' entries; keys at and past the length take
+            no part, nor do query rows when Nq == Nk.
         return_aux: also return an :class:`AttentionAux`.
         method: as for :func:`entmax`.
     """
@@ -110,6 +105,12 @@ def entmax_attention(
     if enable_gqa:
         group_size = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(group_size, dim=-3) for t in (key, value))
+    batch_shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+        query.shape[:-3], key.shape[:-3], value.shape[:-3]
+    )
+    query, key, value = (t.expand(*batch_shape, *t.shape[-3:]) for t in (query, key, value))
+    if key_lengths is not None:
+        key_lengths = key_lengths.reshape(batch_shape)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
 
     score_shape = (*query.shape[:-1], key.shape[-2])  # (..., H, Nq, Nk)
@@ -244,8 +245,8 @@ def _matmul_on_support(weight: Tensor, rows: Tensor) -> Tensor:
     """``weight @ rows`` where an exact zero of `weight` (..., m, n) absorbs anything in `rows` (..., n, d), NaN too."""
     if rows.isfinite().all():
         return weight @ rows
-    products = torch.where(weight.unsqueeze(-1) == 0, 0.0, weight.unsqueeze(-1) * rows.unsqueeze(-3))
-    return products.sum(-2)
+    weight = weight.unsqueeze(-1)
+    return torch.where(weight == 0, 0.0, weight * rows.unsqueeze(-3)).sum(-2)
 
 
 class _Entmax(torch.autograd.Function):
@@ -301,10 +302,13 @@ class _EntmaxAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, prob = ctx.saved_tensors
         needs_query, needs_key, needs_value, needs_bias, _, needs_alpha, *_ = ctx.needs_input_grad
+        is_invalid = prob.isnan().any(-1, keepdim=True)  # a NaN row tells its query so, and no other input
+        prob = prob.masked_fill(is_invalid, 0.0)
         grad_prob = (grad_out @ value.mT).to(prob.dtype)
         grad_score = _grad_score(prob, grad_prob, ctx.alpha).to(query.dtype)
+        grad_query = _matmul_on_support(grad_score, key) * ctx.scale
         return (
-            _matmul_on_support(grad_score, key) * ctx.scale if needs_query else None,
+            grad_query.masked_fill(is_invalid, math.nan) if needs_query else None,
             _matmul_on_support(grad_score.mT, query) * ctx.scale if needs_key else None,
             _matmul_on_support(prob.to(value.dtype).mT, grad_out) if needs_value else None,
             grad_score if needs_bias else None,

@@ -184,7 +184,7 @@ def inputs_with_support(fraction: float, shape: Shape, dtype: torch.dtype = torc
 
 
 def poisoned(tensor: Tensor, layout: str = "slice") -> Tensor:
-    """The same values as a view of a buffer that is NaN everywhere else.
+    """The same values as a view of a buffer that is NaN (bool: True) everywhere else.
 
     Layouts of the last two dimensions: "slice" leaves gaps of NaN around rows and columns, "transposed" has rows next
     to each other in memory (so the last dimension is strided), "strided" takes every other column.
@@ -218,6 +218,11 @@ class Case:
             f"{self.name}-{str(self.dtype).removeprefix('torch.')}-alpha{self.alpha}"
             f"-{shape.num_queries}x{shape.num_keys}-d{shape.head_dim}{'-causal' if self.is_causal else ''}"
         )
+
+    @property
+    def has_ties(self) -> bool:
+        """All scores of a row are equal, or in few groups of equal ones."""
+        return self.name in ("constant", "denormal", "tied")
 
     def inputs(self) -> tuple[Tensor, ...]:
         return inputs(self.name, self.shape, self.dtype)
