@@ -29,8 +29,16 @@ SEEDS = (0, 1, 2, 3)
 # No contraction: the kernels' floating point does what the source says, whatever the compiler's version.
 _FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")
 _RUNTIME_FLAGS = (*_FLAGS, "-march=native")
-# A return address identifies the line of a call, hence no tail calls.
-_KERNEL_FLAGS = (*_FLAGS, "-Wno-unknown-pragmas", "-fno-optimize-sibling-calls", "-x", "c++")
+# A return address identifies the line of a call, hence no tail calls. The warnings are those that CUDA's idioms set off.
+_KERNEL_FLAGS = (
+    *_FLAGS,
+    "-Wno-unknown-pragmas",
+    "-Wno-sign-compare",
+    "-Wno-psabi",
+    "-fno-optimize-sibling-calls",
+    "-x",
+    "c++",
+)
 # The thread sanitizer's instrumentation without its library: src/sanitizer.cpp is called at every load and store.
 _INSTRUMENTATION = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
 

@@ -30,8 +30,8 @@ inline TensorMap make_tensor_map(const TensorMapShape& shape) {
   // Through the runtime, so that nothing links against libcuda: a machine without a driver can load the library.
   void* entry_point = nullptr;
   cudaDriverEntryPointQueryResult query;
-  const cudaError_t found = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry_point, 12000,
-                                                             cudaEnableDefault, &query);
+  const cudaError_t found =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry_point, 12000, cudaEnableDefault, &query);
   if (found != cudaSuccess || query != cudaDriverEntryPointSuccess) {
     throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled");
   }

@@ -1,7 +1,8 @@
 // Asynchronous copies, global to shared, of the issuing thread (sm_80).
 // PTX ISA: "Data Movement and Conversion Instructions: Asynchronous copy" (cp.async, .commit_group, .wait_group).
 //
-// A copy is visible to the issuing thread after the wait that covers it, to others after a barrier that follows the wait.
+// A copy is visible to the issuing thread after the wait that covers it, to others after a barrier that follows the
+// wait.
 #pragma once
 
 #include <cuda_runtime.h>

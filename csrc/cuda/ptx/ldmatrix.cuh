@@ -1,7 +1,9 @@
 // 8x8 matrices of 16-bit elements between shared memory and a warp's registers.
-// PTX ISA: "Warp-level matrix load instruction: ldmatrix" (sm_75), "Warp-level matrix store instruction: stmatrix" (sm_90).
+// PTX ISA: "Warp-level matrix load instruction: ldmatrix" (sm_75), "Warp-level matrix store instruction: stmatrix"
+// (sm_90).
 //
-// Lanes 8m .. 8m+7 give the addresses (16-byte aligned) of the 8 rows of matrix m. Afterwards register m of a lane holds
+// Lanes 8m .. 8m+7 give the addresses (16-byte aligned) of the 8 rows of matrix m. Afterwards register m of a lane
+// holds
 //   plain:  row lane / 4,  columns 2 * (lane % 4) and + 1   (the lower column in the lower half)
 //   trans:  column lane / 4,  rows 2 * (lane % 4) and + 1
 #pragma once

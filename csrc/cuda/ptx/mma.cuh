@@ -4,7 +4,8 @@
 // With group = lane / 4 and quad = lane % 4, in both shapes:
 //   acc[i]: row group + 8 * (i / 2), column 2 * quad + i % 2
 // m16n8k16, two 16-bit elements a register, the lower index in the lower half:
-//   a[i]:   row group + 8 * (i % 2), columns 2 * quad + 8 * (i / 2) and + 1      b0, b1: column group, rows 2 * quad (+ 8) and + 1
+//   a[i]:   row group + 8 * (i % 2), columns 2 * quad + 8 * (i / 2) and + 1      b0, b1: column group, rows 2 * quad (+
+//   8) and + 1
 // m16n8k8, one tf32 (a float whose low 13 bits are not read) a register:
 //   a[i]:   row group + 8 * (i % 2), column quad + 4 * (i / 2)                   b0, b1: column group, row quad (+ 4)
 #pragma once

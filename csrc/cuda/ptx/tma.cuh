@@ -21,9 +21,8 @@ static __device__ __forceinline__ void tma_prefetch_descriptor(const TensorMap* 
 // Loads complete on `mbarrier`, which counts the bytes of the whole box.
 static __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap* map, uint32_t mbarrier, int c0,
                                                 int c1) {
-  PTX_MEMORY(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];", (),
-      (PTX_IN_R(destination), PTX_IN_L(map), PTX_IN_R(mbarrier), PTX_IN_R(c0), PTX_IN_R(c1)));
+  PTX_MEMORY("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];",
+             (), (PTX_IN_R(destination), PTX_IN_L(map), PTX_IN_R(mbarrier), PTX_IN_R(c0), PTX_IN_R(c1)));
 }
 
 static __device__ __forceinline__ void tma_load(uint32_t destination, const TensorMap* map, uint32_t mbarrier, int c0,

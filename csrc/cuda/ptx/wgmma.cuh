@@ -1,12 +1,12 @@
 // acc = A B (+ acc) on the tensor cores, one warpgroup (128 threads), asynchronous, float accumulators (sm_90a).
 // PTX ISA: "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions: wgmma".
 //
-// M = 64, K = 16, bf16 or fp16. B comes from shared memory, A from shared memory (ss) or registers (rs). Fragments: warp w
-// of the warpgroup holds rows 16 w .. 16 w + 15; inside, with group = lane / 4 and quad = lane % 4,
+// M = 64, K = 16, bf16 or fp16. B comes from shared memory, A from shared memory (ss) or registers (rs). Fragments:
+// warp w of the warpgroup holds rows 16 w .. 16 w + 15; inside, with group = lane / 4 and quad = lane % 4,
 //   acc[i]: row group + 8 * (i / 2 % 2), column 8 * (i / 4) + 2 * quad + i % 2;   a[i]: as in mma.cuh
 //
-// The order in which it is used:  fence, wgmma ..., commit, [other work], wait<n>. Accumulators are untouchable from the
-// wgmma to the wait. The wrappers take their accumulators by the array's size: float[N / 2] selects N.
+// The order in which it is used:  fence, wgmma ..., commit, [other work], wait<n>. Accumulators are untouchable from
+// the wgmma to the wait. The wrappers take their accumulators by the array's size: float[N / 2] selects N.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -50,20 +50,18 @@ static __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_TEXT_32                                                                                              \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31"
-#define WGMMA_TEXT_48 \
-  WGMMA_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define WGMMA_TEXT_64 \
-  WGMMA_TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_TEXT_96                                                                                            \
-  WGMMA_TEXT_64                                                                                                  \
+#define WGMMA_TEXT_48 WGMMA_TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_TEXT_64 WGMMA_TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_TEXT_96                                                                                           \
+  WGMMA_TEXT_64                                                                                                 \
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
   "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define WGMMA_TEXT_128                                                                                             \
-  WGMMA_TEXT_96                                                                                                    \
-  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, "    \
+#define WGMMA_TEXT_128                                                                                         \
+  WGMMA_TEXT_96                                                                                                \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, " \
   "%114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define WGMMA_ACC_8(i)                                                                                     \
-  PTX_INOUT_F(acc[i]), PTX_INOUT_F(acc[i + 1]), PTX_INOUT_F(acc[i + 2]), PTX_INOUT_F(acc[i + 3]),          \
+#define WGMMA_ACC_8(i)                                                                            \
+  PTX_INOUT_F(acc[i]), PTX_INOUT_F(acc[i + 1]), PTX_INOUT_F(acc[i + 2]), PTX_INOUT_F(acc[i + 3]), \
       PTX_INOUT_F(acc[i + 4]), PTX_INOUT_F(acc[i + 5]), PTX_INOUT_F(acc[i + 6]), PTX_INOUT_F(acc[i + 7])
 #define WGMMA_ACC_32 WGMMA_ACC_8(0), WGMMA_ACC_8(8), WGMMA_ACC_8(16), WGMMA_ACC_8(24)
 #define WGMMA_ACC_48 WGMMA_ACC_32, WGMMA_ACC_8(32), WGMMA_ACC_8(40)
@@ -71,46 +69,53 @@ static __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_ACC_96 WGMMA_ACC_64, WGMMA_ACC_8(64), WGMMA_ACC_8(72), WGMMA_ACC_8(80), WGMMA_ACC_8(88)
 #define WGMMA_ACC_128 WGMMA_ACC_96, WGMMA_ACC_8(96), WGMMA_ACC_8(104), WGMMA_ACC_8(112), WGMMA_ACC_8(120)
 
-// One instruction each. The numbers of the operands that follow the accumulators are spelled as text: r0 = REGISTERS, ...
-#define WGMMA_SS(N, REGISTERS, TYPE, r0, r1, r2, r3, r4)                                                      \
-  PTX_MEMORY("{.reg .pred p;\n"                                                                               \
-             "setp.ne.b32 p, %" r2 ", 0;\n"                                                                   \
-             "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##REGISTERS "}, " \
-             "%" r0 ", %" r1 ", p, 1, 1, %" r3 ", %" r4 ";}",                                                 \
-             (WGMMA_ACC_##REGISTERS),                                                                         \
-             (PTX_IN_L(a_descriptor), PTX_IN_L(b_descriptor), PTX_IN_R(static_cast<int>(accumulate)),         \
-              PTX_IN_N(static_cast<int>(kMajorA)), PTX_IN_N(static_cast<int>(kMajorB))))
-#define WGMMA_RS(N, REGISTERS, TYPE, r0, r1, r2, r3, r4, r5, r6)                                              \
-  PTX_MEMORY("{.reg .pred p;\n"                                                                               \
-             "setp.ne.b32 p, %" r5 ", 0;\n"                                                                   \
-             "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##REGISTERS "}, " \
-             "{%" r0 ", %" r1 ", %" r2 ", %" r3 "}, %" r4 ", p, 1, 1, %" r6 ";}",                             \
-             (WGMMA_ACC_##REGISTERS),                                                                         \
-             (PTX_IN_R(a[0]), PTX_IN_R(a[1]), PTX_IN_R(a[2]), PTX_IN_R(a[3]), PTX_IN_L(b_descriptor),         \
-              PTX_IN_R(static_cast<int>(accumulate)), PTX_IN_N(static_cast<int>(kMajorB))))
+// One instruction each. The numbers of the operands that follow the accumulators are spelled as text: r0 = REGISTERS,
+// ...
+#define WGMMA_SS(N, REGISTERS, TYPE, r0, r1, r2, r3, r4)                                          \
+  PTX_MEMORY(                                                                                     \
+      "{.reg .pred p;\n"                                                                          \
+      "setp.ne.b32 p, %" r2                                                                       \
+      ", 0;\n"                                                                                    \
+      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##REGISTERS \
+      "}, "                                                                                       \
+      "%" r0 ", %" r1 ", p, 1, 1, %" r3 ", %" r4 ";}",                                            \
+      (WGMMA_ACC_##REGISTERS),                                                                    \
+      (PTX_IN_L(a_descriptor), PTX_IN_L(b_descriptor), PTX_IN_R(static_cast<int>(accumulate)),    \
+       PTX_IN_N(static_cast<int>(kMajorA)), PTX_IN_N(static_cast<int>(kMajorB))))
+#define WGMMA_RS(N, REGISTERS, TYPE, r0, r1, r2, r3, r4, r5, r6)                                  \
+  PTX_MEMORY(                                                                                     \
+      "{.reg .pred p;\n"                                                                          \
+      "setp.ne.b32 p, %" r5                                                                       \
+      ", 0;\n"                                                                                    \
+      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##REGISTERS \
+      "}, "                                                                                       \
+      "{%" r0 ", %" r1 ", %" r2 ", %" r3 "}, %" r4 ", p, 1, 1, %" r6 ";}",                        \
+      (WGMMA_ACC_##REGISTERS),                                                                    \
+      (PTX_IN_R(a[0]), PTX_IN_R(a[1]), PTX_IN_R(a[2]), PTX_IN_R(a[3]), PTX_IN_L(b_descriptor),    \
+       PTX_IN_R(static_cast<int>(accumulate)), PTX_IN_N(static_cast<int>(kMajorB))))
 
-// wgmma_ss<Element, A's major, B's major>(acc, A, B, accumulate) and wgmma_rs<Element, B's major>(acc, a, B, accumulate);
-// accumulate = false ignores what acc held.
-#define WGMMA_DEFINE(N, REGISTERS, r0, r1, r2, r3, r4, r5, r6)                                                      \
-  template <typename Element, Major kMajorA, Major kMajorB>                                                         \
-  static __device__ __forceinline__ void wgmma_ss(float (&acc)[REGISTERS], uint64_t a_descriptor,                   \
-                                                  uint64_t b_descriptor, bool accumulate) {                         \
+// wgmma_ss<Element, A's major, B's major>(acc, A, B, accumulate) and wgmma_rs<Element, B's major>(acc, a, B,
+// accumulate); accumulate = false ignores what acc held.
+#define WGMMA_DEFINE(N, REGISTERS, r0, r1, r2, r3, r4, r5, r6)                                                        \
+  template <typename Element, Major kMajorA, Major kMajorB>                                                           \
+  static __device__ __forceinline__ void wgmma_ss(float (&acc)[REGISTERS], uint64_t a_descriptor,                     \
+                                                  uint64_t b_descriptor, bool accumulate) {                           \
     static_assert(std::is_same_v<Element, __nv_bfloat16> || std::is_same_v<Element, __half>, "16-bit elements only"); \
-    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                                                         \
-      WGMMA_SS(N, REGISTERS, "bf16", r0, r1, r2, r3, r4);                                                           \
-    } else {                                                                                                        \
-      WGMMA_SS(N, REGISTERS, "f16", r0, r1, r2, r3, r4);                                                            \
-    }                                                                                                               \
-  }                                                                                                                 \
-  template <typename Element, Major kMajorB>                                                                        \
-  static __device__ __forceinline__ void wgmma_rs(float (&acc)[REGISTERS], const uint32_t (&a)[4],                  \
-                                                  uint64_t b_descriptor, bool accumulate) {                         \
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                                                           \
+      WGMMA_SS(N, REGISTERS, "bf16", r0, r1, r2, r3, r4);                                                             \
+    } else {                                                                                                          \
+      WGMMA_SS(N, REGISTERS, "f16", r0, r1, r2, r3, r4);                                                              \
+    }                                                                                                                 \
+  }                                                                                                                   \
+  template <typename Element, Major kMajorB>                                                                          \
+  static __device__ __forceinline__ void wgmma_rs(float (&acc)[REGISTERS], const uint32_t (&a)[4],                    \
+                                                  uint64_t b_descriptor, bool accumulate) {                           \
     static_assert(std::is_same_v<Element, __nv_bfloat16> || std::is_same_v<Element, __half>, "16-bit elements only"); \
-    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                                                         \
-      WGMMA_RS(N, REGISTERS, "bf16", r0, r1, r2, r3, r4, r5, r6);                                                   \
-    } else {                                                                                                        \
-      WGMMA_RS(N, REGISTERS, "f16", r0, r1, r2, r3, r4, r5, r6);                                                    \
-    }                                                                                                               \
+    if constexpr (std::is_same_v<Element, __nv_bfloat16>) {                                                           \
+      WGMMA_RS(N, REGISTERS, "bf16", r0, r1, r2, r3, r4, r5, r6);                                                     \
+    } else {                                                                                                          \
+      WGMMA_RS(N, REGISTERS, "f16", r0, r1, r2, r3, r4, r5, r6);                                                      \
+    }                                                                                                                 \
   }
 
 WGMMA_DEFINE(64, 32, "32", "33", "34", "35", "36", "37", "38")

@@ -3,10 +3,10 @@
 
 #include <simt_api.h>
 
-#define PTX(text, outputs, inputs)                                                \
-  do {                                                                            \
-    static ::simt::PtxStatement ptx_statement{text};                              \
-    ::simt::call_ptx(ptx_statement PTX_UNPACK outputs PTX_UNPACK inputs);         \
+#define PTX(text, outputs, inputs)                                        \
+  do {                                                                    \
+    static ::simt::PtxStatement ptx_statement{text};                      \
+    ::simt::call_ptx(ptx_statement PTX_UNPACK outputs PTX_UNPACK inputs); \
   } while (false)
 #define PTX_MEMORY PTX
 #define PTX_UNPACK(...) __VA_OPT__(, ) __VA_ARGS__

@@ -97,6 +97,10 @@ struct KernelCall {
 // Runs the call once for each thread of the grid; throws std::runtime_error with the diagnosis.
 void run_grid(dim3 grid, dim3 block, size_t smem_bytes, const KernelCall& call);
 
+// Global memory of programs: bounds are checked, see register_global in src/shadow.h. Null when there is none.
+void* allocate_global(size_t bytes);
+void free_global(void* pointer);
+
 void set_error(const std::string& text);
 
 // The body of an extern "C" entry point: 0, or 1 with the text for simt_error().

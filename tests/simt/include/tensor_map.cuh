@@ -33,9 +33,9 @@ inline TensorMap make_tensor_map(const TensorMapShape& shape) {
   require(shape.rank >= 2 && shape.rank <= 5, "rank must be 2 to 5");
   require(reinterpret_cast<uintptr_t>(shape.base) % 16 == 0, "the base must be 16-byte aligned");
   require(inner_bytes % 16 == 0, "the box's inner dimension must be a multiple of 16 bytes");
-  require(shape.swizzle_bytes == 0 || shape.swizzle_bytes == 32 || shape.swizzle_bytes == 64 ||
-              shape.swizzle_bytes == 128,
-          "swizzle must be 0, 32, 64 or 128 bytes");
+  require(
+      shape.swizzle_bytes == 0 || shape.swizzle_bytes == 32 || shape.swizzle_bytes == 64 || shape.swizzle_bytes == 128,
+      "swizzle must be 0, 32, 64 or 128 bytes");
   require(shape.swizzle_bytes == 0 || inner_bytes <= static_cast<uint32_t>(shape.swizzle_bytes),
           "the box's inner dimension is longer than the swizzle");
   for (int i = 0; i < shape.rank; ++i) {

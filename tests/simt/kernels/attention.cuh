@@ -1,10 +1,10 @@
 // A small sm_90a kernel with one of everything, and the bugs that the emulator must find in it.
 //
-// score = scale * query key^T (float, to global memory), out = bf16(score) value (bf16, by TMA store), head dimension 64.
-// Grid: (ceil(N / 128), heads), one block of a producer and two consumer warpgroups of 64 rows each. Keys and values come
-// by TMA in tiles of 128 rows through a ring of two stages. Shared memory, all with the 128-byte swizzle: query [128, 64],
-// key [2][128, 64], value [2][128, 64], then the mbarriers query_full, key_value_full[2], key_value_empty[2]. The out tile
-// takes the query tile's place.
+// score = scale * query key^T (float, to global memory), out = bf16(score) value (bf16, by TMA store), head
+// dimension 64. Grid: (ceil(N / 128), heads), one block of a producer and two consumer warpgroups of 64 rows each. Keys
+// and values come by TMA in tiles of 128 rows through a ring of two stages. Shared memory, all with the 128-byte
+// swizzle: query [128, 64], key [2][128, 64], value [2][128, 64], then the mbarriers query_full, key_value_full[2],
+// key_value_empty[2]. The out tile takes the query tile's place.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,8 +1,8 @@
 // A small sm_80 kernel with one of everything, and the bugs that the emulator must find in it.
 //
-// Row maximum and 16-bin histogram of score = scale * query key^T, head dimension 64. Grid: (ceil(N / 64), heads), one block
-// of 4 warps for 64 rows; keys come in tiles of 64 through two stages of cp.async. Shared memory: query tile and two key
-// tiles [64, 64] bf16 in 16-byte chunks at (chunk ^ row % 8), then the histogram [64, 16] u32.
+// Row maximum and 16-bin histogram of score = scale * query key^T, head dimension 64. Grid: (ceil(N / 64), heads), one
+// block of 4 warps for 64 rows; keys come in tiles of 64 through two stages of cp.async. Shared memory: query tile and
+// two key tiles [64, 64] bf16 in 16-byte chunks at (chunk ^ row % 8), then the histogram [64, 16] u32.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -38,7 +38,9 @@ constexpr int kRows = 64, kDim = 64, kBins = 16, kThreads = 128;
 constexpr int kTileBytes = kRows * kDim * 2;
 constexpr int kSmemBytes = 3 * kTileBytes + kRows * kBins * 4;
 
-__device__ __forceinline__ uint32_t swizzled_offset(int row, int chunk) { return row * kDim * 2 + ((chunk ^ (row % 8)) << 4); }
+__device__ __forceinline__ uint32_t swizzled_offset(int row, int chunk) {
+  return row * kDim * 2 + ((chunk ^ (row % 8)) << 4);
+}
 
 __device__ __forceinline__ void load_tile(uint32_t s_tile, const __nv_bfloat16* g_tile, int row0, int num_rows) {
   constexpr int kChunks = kDim / 8;
@@ -51,8 +53,9 @@ __device__ __forceinline__ void load_tile(uint32_t s_tile, const __nv_bfloat16* 
 }
 
 __global__ void __launch_bounds__(kThreads)
-    score_kernel(const __nv_bfloat16* __restrict__ query, const __nv_bfloat16* __restrict__ key, float* __restrict__ row_max,
-                 unsigned* __restrict__ histogram, int num_rows, float scale, float low, float inverse_width, Bug bug) {
+    score_kernel(const __nv_bfloat16* __restrict__ query, const __nv_bfloat16* __restrict__ key,
+                 float* __restrict__ row_max, unsigned* __restrict__ histogram, int num_rows, float scale, float low,
+                 float inverse_width, Bug bug) {
   uint8_t* smem = dynamic_smem();
   unsigned* s_histogram = reinterpret_cast<unsigned*>(smem + 3 * kTileBytes);
   const uint32_t s_query = ptx::shared_address(smem), s_key = s_query + kTileBytes;

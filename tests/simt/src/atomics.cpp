@@ -1,5 +1,5 @@
-// Atomic read-modify-writes on shared and global memory. Only one thread runs at a time, so a plain update is atomic; what
-// is checked is that ordinary accesses to the same bytes are ordered.
+// Atomic read-modify-writes on shared and global memory. Only one thread runs at a time, so a plain update is atomic;
+// what is checked is that ordinary accesses to the same bytes are ordered.
 #include <algorithm>
 
 #include "counters.h"
@@ -24,11 +24,16 @@ T update_atomically(T* address, Site site, Update update) {
 template <typename T>
 T apply(Atomic operation, T before, T operand) {
   switch (operation) {
-    case Atomic::kAdd: return before + operand;
-    case Atomic::kMax: return std::max(before, operand);
-    case Atomic::kMin: return std::min(before, operand);
-    case Atomic::kExchange: return operand;
-    default: break;
+    case Atomic::kAdd:
+      return before + operand;
+    case Atomic::kMax:
+      return std::max(before, operand);
+    case Atomic::kMin:
+      return std::min(before, operand);
+    case Atomic::kExchange:
+      return operand;
+    default:
+      break;
   }
   if constexpr (std::is_integral_v<T>) {
     if (operation == Atomic::kAnd) return before & operand;
@@ -40,10 +45,10 @@ T apply(Atomic operation, T before, T operand) {
 
 }  // namespace
 
-#define SIMT_ATOMIC(name, T)                                                                            \
-  T name(Atomic operation, T* address, T operand) {                                                    \
-    return update_atomically(address, __builtin_return_address(0),                                     \
-                             [&](T before) { return apply(operation, before, operand); });             \
+#define SIMT_ATOMIC(name, T)                                                               \
+  T name(Atomic operation, T* address, T operand) {                                        \
+    return update_atomically(address, __builtin_return_address(0),                         \
+                             [&](T before) { return apply(operation, before, operand); }); \
   }
 SIMT_ATOMIC(atomic_u32, uint32_t)
 SIMT_ATOMIC(atomic_s32, int32_t)

@@ -1,9 +1,10 @@
 // Vector clocks: which actor's past does a thread know, by the synchronisation it took part in?
 //
-// Actors are the block's threads and stand-ins for what runs beside them (TMA writes of one mbarrier, wgmma reads of one
-// warpgroup). A thread's epoch grows when it releases its past to others; an access carries its actor's epoch, and is
-// ordered before what another thread does now exactly when that thread knows the epoch. What a thread knows of others is
-// immutable and shared: after a barrier all threads hold the same pointer, so a barrier costs one vector, not one a thread.
+// Actors are the block's threads and stand-ins for what runs beside them (TMA writes of one mbarrier, wgmma reads of
+// one warpgroup). A thread's epoch grows when it releases its past to others; an access carries its actor's epoch, and
+// is ordered before what another thread does now exactly when that thread knows the epoch. What a thread knows of
+// others is immutable and shared: after a barrier all threads hold the same pointer, so a barrier costs one vector, not
+// one a thread.
 #pragma once
 
 #include <cstdint>

@@ -32,8 +32,13 @@ void carry_out(const Copy& copy) {
 }  // namespace
 
 void execute_cp_async(const PtxCall& call) {
-  Copy copy{call.u32(0), reinterpret_cast<const uint8_t*>(call.u64(1)), call.u32(2), call.u32(3),
-            copies[current->index].open_group, call.site, false};
+  Copy copy{call.u32(0),
+            reinterpret_cast<const uint8_t*>(call.u64(1)),
+            call.u32(2),
+            call.u32(3),
+            copies[current->index].open_group,
+            call.site,
+            false};
   const bool bypasses_l1 = call.parameter() != 0;  // .cg
   const bool is_size_known = copy.bytes == 16 || (!bypasses_l1 && (copy.bytes == 4 || copy.bytes == 8));
   if (!is_size_known) fail("cp.async at %s: %u bytes", source_line(call.site).c_str(), copy.bytes);

@@ -43,7 +43,8 @@ void StackPool::reserve(int num_stacks) {
   if (num_stacks <= num_stacks_) return;
   if (base_ != nullptr) munmap(base_, mapped_bytes_);
   mapped_bytes_ = kPitch * static_cast<size_t>(num_stacks);
-  void* mapping = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* mapping =
+      mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
   base_ = static_cast<std::byte*>(mapping);
   num_stacks_ = num_stacks;

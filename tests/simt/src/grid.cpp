@@ -52,8 +52,8 @@ class FaultHandler {
 
 void check_launch(dim3 grid, dim3 block_size, size_t smem_bytes) {
   const uint64_t num_threads = uint64_t{block_size.x} * block_size.y * block_size.z;
-  const bool is_grid_valid = grid.x >= 1 && grid.x < 1u << 31 && grid.y >= 1 && grid.y < 1 << 16 && grid.z >= 1 &&
-                             grid.z < 1 << 16;
+  const bool is_grid_valid =
+      grid.x >= 1 && grid.x < 1u << 31 && grid.y >= 1 && grid.y < 1 << 16 && grid.z >= 1 && grid.z < 1 << 16;
   if (!is_grid_valid || num_threads < 1 || num_threads > 1024 || block_size.z > 64 || smem_bytes > kMaxSharedBytes) {
     throw std::runtime_error("invalid launch: grid (" + std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
                              std::to_string(grid.z) + "), " + std::to_string(num_threads) + " threads, " +

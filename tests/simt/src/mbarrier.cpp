@@ -191,9 +191,10 @@ void check_mbarrier_for_load(uint32_t address, Site site) {
   const Mbarrier& barrier = find(address, "TMA load", site);
   if (options.check_races && !barrier.is_init_fenced &&
       !current->clock.async_proxy_knows(barrier.initialiser, barrier.init_epoch)) {
-    fail("MISSING fence.mbarrier_init (or fence.proxy.async) between the initialisation of the mbarrier at %s and the "
-         "TMA load at %s",
-         source_line(barrier.init_site).c_str(), source_line(site).c_str());
+    fail(
+        "MISSING fence.mbarrier_init (or fence.proxy.async) between the initialisation of the mbarrier at %s and the "
+        "TMA load at %s",
+        source_line(barrier.init_site).c_str(), source_line(site).c_str());
   }
 }
 

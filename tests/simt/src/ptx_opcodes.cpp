@@ -27,10 +27,10 @@ void add_matrices(Table& table) {
     table["st" + name + ".trans.shared.b16"] = {{"[r]," + registers, &execute_stmatrix, count + kTransposed}};
   }
   const std::string mma = "mma.sync.aligned.", operands = "{ffff},{rrrr},{rr},{ffff}";
-  table[mma + "m16n8k16.row.col.f32.bf16.bf16.f32"] = {{operands, &execute_mma_k16,
-                                                       static_cast<int>(MatrixElement::kBFloat16)}};
-  table[mma + "m16n8k16.row.col.f32.f16.f16.f32"] = {{operands, &execute_mma_k16,
-                                                     static_cast<int>(MatrixElement::kFloat16)}};
+  table[mma + "m16n8k16.row.col.f32.bf16.bf16.f32"] = {
+      {operands, &execute_mma_k16, static_cast<int>(MatrixElement::kBFloat16)}};
+  table[mma + "m16n8k16.row.col.f32.f16.f16.f32"] = {
+      {operands, &execute_mma_k16, static_cast<int>(MatrixElement::kFloat16)}};
   table[mma + "m16n8k8.row.col.f32.tf32.tf32.f32"] = {{operands, &execute_mma_k8_tf32, 0}};
 }
 
@@ -38,8 +38,8 @@ void add_tma(Table& table) {
   for (int rank = 2; rank <= 5; ++rank) {
     const std::string tensor = ".async.bulk.tensor." + std::to_string(rank) + "d.";
     const std::string box = "[l," + vector_of('r', rank) + "]";
-    table["cp" + tensor + "shared::cluster.global.mbarrier::complete_tx::bytes"] = {{"[r]," + box + ",[r]",
-                                                                                    &execute_tma_load, rank}};
+    table["cp" + tensor + "shared::cluster.global.mbarrier::complete_tx::bytes"] = {
+        {"[r]," + box + ",[r]", &execute_tma_load, rank}};
     table["cp" + tensor + "global.shared::cta.bulk_group"] = {{box + ",[r]", &execute_tma_store, rank}};
     table["cp.reduce" + tensor + "global.shared::cta.add.bulk_group"] = {{box + ",[r]", &execute_tma_reduce_add, rank}};
   }
@@ -76,6 +76,7 @@ Table make_table() {
   table["cvt.rn.bf16x2.f32"] = {{"r,f,f", &execute_cvt_bf16x2, 0}};
   table["cvt.rn.f16x2.f32"] = {{"r,f,f", &execute_cvt_f16x2, 0}};
   table["cvt.rna.tf32.f32"] = {{"r,f", &execute_cvt_tf32, 0}};
+  table["max.NaN.f32"] = {{"f,f,f", &execute_max_nan, 0}};
   table["setp.ne.b32"] = {{"p,r,n", &execute_setp_ne, 0}};
   table["selp.u32"] = {{"r,n,n,p", &execute_selp, 0}};
   table["elect.sync"] = {{"_|p,n", &execute_elect, 0}};

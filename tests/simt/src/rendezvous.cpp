@@ -32,15 +32,15 @@ std::string describe(const Wait& wait) {
 Meeting& meeting_of(uint32_t mask, const char* what, Site site, Aligned aligned) {
   std::vector<Meeting>& open = meetings[current->warp];
   for (Meeting& meeting : open) {
-    if ((meeting.mask & mask) == 0) continue;
     // Unrolled copies of one line are one instruction to the programmer, hence lines and not addresses.
     const bool is_same_place =
         aligned == Aligned::kNo || meeting.site == site || source_line(meeting.site) == source_line(site);
-    if (meeting.mask != mask || meeting.what != what || !is_same_place) {
+    if (meeting.mask == mask && meeting.what == what && is_same_place) return meeting;
+    // A lane that this one needs is held up elsewhere, until this one comes there.
+    if ((meeting.mask >> current->lane & 1) != 0 && (meeting.arrived & mask) != 0) {
       fail("DIVERGENT warp: %s with mask %08x at %s meets %s with mask %08x at %s", what, mask,
            source_line(site).c_str(), meeting.what, meeting.mask, source_line(meeting.site).c_str());
     }
-    return meeting;
   }
   open.emplace_back();
   open.back().mask = mask;
@@ -92,12 +92,18 @@ struct ReduceArgument {
 };
 int64_t combine(Reduction operation, int64_t a, int64_t b) {
   switch (operation) {
-    case Reduction::kAdd: return a + b;
-    case Reduction::kMax: return std::max(a, b);
-    case Reduction::kMin: return std::min(a, b);
-    case Reduction::kAnd: return a & b;
-    case Reduction::kOr: return a | b;
-    case Reduction::kXor: return a ^ b;
+    case Reduction::kAdd:
+      return a + b;
+    case Reduction::kMax:
+      return std::max(a, b);
+    case Reduction::kMin:
+      return std::min(a, b);
+    case Reduction::kAnd:
+      return a & b;
+    case Reduction::kOr:
+      return a | b;
+    case Reduction::kXor:
+      return a ^ b;
   }
   __builtin_unreachable();
 }

@@ -1,16 +1,16 @@
-// The functions that g++ -fsanitize=thread makes the kernels call at every load and store. The thread sanitizer itself is
-// not linked; these hand the accesses to the shadow memory.
+// The functions that g++ -fsanitize=thread makes the kernels call at every load and store. The thread sanitizer itself
+// is not linked; these hand the accesses to the shadow memory.
 #include "shadow.h"
 
 #define SIMT_SITE __builtin_return_address(0)
 #define SIMT_ACCESS(name, bytes, access) \
   extern "C" void name(void* address) { simt::check_access(address, bytes, simt::Access::access, SIMT_SITE); }
-#define SIMT_ACCESSES(bytes)                                     \
-  SIMT_ACCESS(__tsan_read##bytes, bytes, kRead)                  \
-  SIMT_ACCESS(__tsan_write##bytes, bytes, kWrite)                \
-  SIMT_ACCESS(__tsan_unaligned_read##bytes, bytes, kRead)        \
-  SIMT_ACCESS(__tsan_unaligned_write##bytes, bytes, kWrite)      \
-  SIMT_ACCESS(__tsan_volatile_read##bytes, bytes, kRead)         \
+#define SIMT_ACCESSES(bytes)                                \
+  SIMT_ACCESS(__tsan_read##bytes, bytes, kRead)             \
+  SIMT_ACCESS(__tsan_write##bytes, bytes, kWrite)           \
+  SIMT_ACCESS(__tsan_unaligned_read##bytes, bytes, kRead)   \
+  SIMT_ACCESS(__tsan_unaligned_write##bytes, bytes, kWrite) \
+  SIMT_ACCESS(__tsan_volatile_read##bytes, bytes, kRead)    \
   SIMT_ACCESS(__tsan_volatile_write##bytes, bytes, kWrite)
 
 SIMT_ACCESSES(1)

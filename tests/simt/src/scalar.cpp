@@ -18,11 +18,19 @@ void execute_cvt_f16x2(const PtxCall& call) {
   call.set_u32(0, static_cast<uint32_t>(float_to_half_bits(call.f32(1))) << 16 | float_to_half_bits(call.f32(2)));
 }
 
-// 10 bits of mantissa; adding half a unit to the magnitude rounds ties away from zero, and into the exponent if it must.
+// 10 bits of mantissa; adding half a unit to the magnitude rounds ties away from zero, and into the exponent if it
+// must.
 void execute_cvt_tf32(const PtxCall& call) {
   const uint32_t bits = call.u32(1);
   const bool is_finite = (bits & 0x7f800000) != 0x7f800000;
   call.set_u32(0, is_finite ? (bits + 0x1000) & ~uint32_t{0x1fff} : std::isnan(call.f32(1)) ? 0x7fffffff : bits);
+}
+
+// The canonical NaN if either operand is one; +0 counts as above -0.
+void execute_max_nan(const PtxCall& call) {
+  const float a = call.f32(1), b = call.f32(2);
+  if (std::isnan(a) || std::isnan(b)) return call.set_u32(0, 0x7fffffff);
+  call.set_f32(0, a > b || (a == b && !std::signbit(a)) ? a : b);
 }
 
 // Which lane is elected is not defined, only that it is always the same: seeds differ in it.

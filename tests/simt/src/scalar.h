@@ -10,6 +10,7 @@ void execute_selp(const PtxCall& call);
 void execute_cvt_bf16x2(const PtxCall& call);
 void execute_cvt_f16x2(const PtxCall& call);
 void execute_cvt_tf32(const PtxCall& call);
+void execute_max_nan(const PtxCall& call);
 void execute_elect(const PtxCall& call);
 void execute_setmaxnreg(const PtxCall& call);
 

@@ -1,6 +1,7 @@
 #include "scheduler.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 
 #include "actors.h"
@@ -140,6 +141,11 @@ void thread_main() {
 }
 
 }  // namespace
+
+uint64_t seed_from_environment() {
+  const char* seed = std::getenv("SIMT_SEED");
+  return seed == nullptr ? 0 : std::strtoull(seed, nullptr, 10);
+}
 
 uint64_t Block::random() {  // xorshift64
   random_state ^= random_state << 13;

@@ -1,8 +1,8 @@
 // The block that runs: its threads, its warps, and who goes next.
 //
-// A thread runs until it has to wait; the next one is entered directly. The schedule stays in a warp as long as one of its
-// lanes can run, because "one warp as far ahead as possible" is what brings missing barriers to light. Seed 0 goes by
-// ascending warp and lane, seed 1 by descending, any other by random warp priorities with rare changes.
+// A thread runs until it has to wait; the next one is entered directly. The schedule stays in a warp as long as one of
+// its lanes can run, because "one warp as far ahead as possible" is what brings missing barriers to light. Seed 0 goes
+// by ascending warp and lane, seed 1 by descending, any other by random warp priorities with rare changes.
 #pragma once
 
 #include <simt_api.h>
@@ -19,8 +19,11 @@ namespace simt {
 constexpr int kWarpSize = 32;
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
+// SIMT_SEED, for programs with a main() of their own; 0 without it.
+uint64_t seed_from_environment();
+
 struct Options {
-  uint64_t seed = 0;
+  uint64_t seed = seed_from_environment();
   bool check_races = true;  // shadow memory and clocks; needs an instrumented build to see ordinary accesses
 };
 extern Options options;

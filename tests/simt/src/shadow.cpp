@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <cstring>
 
 #include "actors.h"
@@ -38,13 +39,13 @@ struct Cell {
   Site write_site = nullptr;
   Proxy write_proxy = Proxy::kGeneric;
   bool is_write_in_flight = false;
-  bool has_atomics = false;        // among the readers
-  uint16_t async_reads = 0;        // in flight
-  int async_reader = kNobody;      // who issued the latest, and where
+  bool has_atomics = false;    // among the readers
+  uint16_t async_reads = 0;    // in flight
+  int async_reader = kNobody;  // who issued the latest, and where
   Site async_read_site = nullptr;
-  Readers readers;                 // since the last write
-  uint32_t more_readers = 0;       // index + 1 into overflow, 0 = none
-  uint32_t bytes = 0;              // index + 1 into split_words, 0 = not split
+  Readers readers;            // since the last write
+  uint32_t more_readers = 0;  // index + 1 into overflow, 0 = none
+  uint32_t bytes = 0;         // index + 1 into split_words, 0 = not split
 };
 
 std::vector<Cell> words;
@@ -227,7 +228,8 @@ const Range& image_range() {
 
 void reset_shared(size_t bytes) {
   if (shared_base == nullptr) {
-    void* mapping = mmap(nullptr, kMaxSharedBytes + 2 * 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* mapping =
+        mmap(nullptr, kMaxSharedBytes + 2 * 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == MAP_FAILED) throw std::bad_alloc();
     // 64 KB of slack on both sides: overruns land where they are recognised.
     shared_base = static_cast<uint8_t*>(mapping) + 65536;
@@ -349,6 +351,19 @@ void register_global(const void* address, size_t bytes, const char* name) {
 void unregister_globals() {
   global_ranges.clear();
   last_range = 0;
+}
+
+void* allocate_global(size_t bytes) {
+  constexpr size_t kAlignment = 256;  // cudaMalloc's
+  void* const pointer = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  if (pointer != nullptr) register_global(pointer, bytes, "an allocation");
+  return pointer;
+}
+
+void free_global(void* pointer) {
+  const auto starts_there = [&](const Range& range) { return range.begin == pointer; };
+  global_ranges.erase(std::remove_if(global_ranges.begin(), global_ranges.end(), starts_there), global_ranges.end());
+  std::free(pointer);
 }
 
 void set_argument_range(const void* address, size_t bytes) {

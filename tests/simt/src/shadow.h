@@ -24,8 +24,8 @@ void record_read(const Thread& thread, uint32_t address, uint32_t bytes, Site si
 void record_write(const Thread& thread, uint32_t address, uint32_t bytes, Site site);
 void record_atomic(const Thread& thread, uint32_t address, uint32_t bytes, Site site);
 
-// Asynchronous writes. From begin to end nobody may touch the bytes. A copy by the async proxy (TMA) needs a proxy fence
-// after ordinary writes. `end` makes `actor`, at `epoch`, the writer.
+// Asynchronous writes. From begin to end nobody may touch the bytes. A copy by the async proxy (TMA) needs a proxy
+// fence after ordinary writes. `end` makes `actor`, at `epoch`, the writer.
 enum class Proxy : uint8_t { kGeneric, kAsync };
 void begin_async_write(const Thread& issuer, uint32_t address, uint32_t bytes, Site site, Proxy proxy);
 void end_async_write(uint32_t address, uint32_t bytes, int actor, Epoch epoch, Site site, Proxy proxy);

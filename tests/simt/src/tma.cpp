@@ -2,10 +2,10 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <tensor_map.cuh>
 
 #include <algorithm>
 #include <array>
+#include <tensor_map.cuh>
 
 #include "counters.h"
 #include "mbarrier.h"
@@ -52,8 +52,8 @@ struct ThreadStores {
 std::vector<Load> loads;           // of the block
 std::vector<ThreadStores> stores;  // by thread
 
-// Calls function(shared bytes, global bytes or null, first, last) for every 16-byte chunk of the box; bytes first .. last - 1
-// of the chunk lie inside the tensor, from there on at the global address.
+// Calls function(shared bytes, global bytes or null, first, last) for every 16-byte chunk of the box; bytes first ..
+// last - 1 of the chunk lie inside the tensor, from there on at the global address.
 template <typename Function>
 void for_each_chunk(const BoxCopy& box, Function function) {
   constexpr uint32_t kChunkBytes = 16;
@@ -71,8 +71,8 @@ void for_each_chunk(const BoxCopy& box, Function function) {
       offset += index * static_cast<int64_t>(shape.stride_bytes[i]);
     }
     for (uint32_t column = 0; column < box.row_bytes(); column += kChunkBytes) {
-      const uint32_t address = swizzled(box.shared_address + row * box.row_bytes() + column,
-                                        static_cast<uint32_t>(shape.swizzle_bytes));
+      const uint32_t address =
+          swizzled(box.shared_address + row * box.row_bytes() + column, static_cast<uint32_t>(shape.swizzle_bytes));
       uint8_t* shared = shared_pointer(address, kChunkBytes, box.site);
       const int64_t begin = int64_t{box.corner[0]} * box.element_bytes() + column;  // in bytes of the tensor's row
       const int64_t first = std::clamp<int64_t>(-begin, 0, kChunkBytes);
@@ -100,17 +100,20 @@ void add_elements(TensorMapElement element, uint8_t* global, const uint8_t* shar
     }
   };
   switch (element) {
-    case TensorMapElement::kBFloat16: return add(__nv_bfloat16(0.0f));
-    case TensorMapElement::kFloat16: return add(__half(0.0f));
-    case TensorMapElement::kFloat32: return add(0.0f);
+    case TensorMapElement::kBFloat16:
+      return add(__nv_bfloat16(0.0f));
+    case TensorMapElement::kFloat16:
+      return add(__half(0.0f));
+    case TensorMapElement::kFloat32:
+      return add(0.0f);
   }
 }
 
 BoxCopy box_of(const PtxCall& call, const void* map, uint32_t shared_address, int first_coordinate) {
   BoxCopy box{static_cast<const TensorMap*>(map)->shape, {}, shared_address, call.site};
   if (box.shape.rank != call.parameter()) {
-    fail("TMA at %s: %d coordinates for a tensor map of rank %d", source_line(call.site).c_str(),
-         call.parameter(), box.shape.rank);
+    fail("TMA at %s: %d coordinates for a tensor map of rank %d", source_line(call.site).c_str(), call.parameter(),
+         box.shape.rank);
   }
   for (int i = 0; i < box.shape.rank; ++i) box.corner[i] = call.s32(first_coordinate + i);
   const auto swizzle_bytes = static_cast<uint32_t>(box.shape.swizzle_bytes);

@@ -1,5 +1,5 @@
-// TMA: boxes of tensors between global and shared memory, carried out when nothing else can run (loads) or when the issuing
-// thread waits for them (stores, reductions).
+// TMA: boxes of tensors between global and shared memory, carried out when nothing else can run (loads) or when the
+// issuing thread waits for them (stores, reductions).
 #pragma once
 
 #include "ptx.h"

@@ -24,7 +24,7 @@ constexpr uint32_t kPoison = 0x7fedbeef;  // a NaN; what accumulators hold while
 struct Accumulators {
   int num_registers = 0;
   int num_in_flight = 0;
-  std::array<float*, kWarpSize> registers{};               // by lane: the kernel's own array
+  std::array<float*, kWarpSize> registers{};                     // by lane: the kernel's own array
   std::array<std::array<float, kMaxN / 2>, kWarpSize> values{};  // what they will hold
 };
 
@@ -81,15 +81,14 @@ uint32_t element_address(const OperandTile& tile, int mn, int k) {
   }
   const int swizzle_bytes = 256 >> layout;  // 1: 128, 2: 64, 3: 32
   const int chunk = swizzle_bytes / 2;      // elements
-  const uint32_t address =
-      tile.is_mn_major
-          ? start + u(mn / chunk) * leading + u(k / 8) * stride + u(k % 8 * swizzle_bytes) + u(mn % chunk) * 2
-          : start + u(mn / 8) * stride + u(mn % 8 * swizzle_bytes) + u(k) * 2;
+  const uint32_t address = tile.is_mn_major ? start + u(mn / chunk) * leading + u(k / 8) * stride +
+                                                  u(k % 8 * swizzle_bytes) + u(mn % chunk) * 2
+                                            : start + u(mn / 8) * stride + u(mn % 8 * swizzle_bytes) + u(k) * 2;
   return swizzled(address, u(swizzle_bytes));
 }
 
-// Calls function(first mn, first k, address) for each 16-byte piece of rows mn_begin .. mn_begin + mn_count - 1: 8 elements
-// along the tile's major index.
+// Calls function(first mn, first k, address) for each 16-byte piece of rows mn_begin .. mn_begin + mn_count - 1: 8
+// elements along the tile's major index.
 template <typename Function>
 void for_each_piece(const OperandTile& tile, int mn_begin, int mn_count, Function function) {
   const int mn_step = tile.is_mn_major ? 8 : 1, k_step = tile.is_mn_major ? 1 : 8;
@@ -113,7 +112,8 @@ void read_tile(const OperandTile& tile, MatrixElement element, int mn_begin, int
     uint16_t piece[8];
     std::memcpy(piece, shared_pointer(address, sizeof piece, site), sizeof piece);
     for (int i = 0; i < 8; ++i) {
-      store((tile.is_mn_major ? mn + i : mn) - mn_begin, tile.is_mn_major ? k : k + i, element_value(element, piece[i]));
+      store((tile.is_mn_major ? mn + i : mn) - mn_begin, tile.is_mn_major ? k : k + i,
+            element_value(element, piece[i]));
     }
   });
 }
@@ -130,8 +130,7 @@ void compute(const Operation& operation, int warp) {
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const int group = lane / 4, quad = lane % 4;
       for (int i = 0; i < operation.n / 2; ++i) {
-        function(c[group + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * quad + i % 2],
-                 operation.accumulators->values[lane][i]);
+        function(c[group + 8 * (i / 2 % 2)][8 * (i / 4) + 2 * quad + i % 2], operation.accumulators->values[lane][i]);
       }
     }
   };
@@ -247,7 +246,8 @@ void complete_for_warpgroup(int sequence) {
       compute(*operation, warp);
       --operation->accumulators->num_in_flight;
       for_each_operand_piece(*operation, warp, [&](int, int, uint32_t address) {
-        end_async_read(address, 16, wgmma_actor(warp / kWarpsPerGroup), static_cast<Epoch>(sequence + 1), operation->site);
+        end_async_read(address, 16, wgmma_actor(warp / kWarpsPerGroup), static_cast<Epoch>(sequence + 1),
+                       operation->site);
       });
     }
   }
@@ -258,8 +258,8 @@ void give_back(const Accumulators& accumulators, Site site) {
     for (int i = 0; i < accumulators.num_registers; ++i) {
       float* target = accumulators.registers[lane] + i;
       if (std::memcmp(target, &kPoison, sizeof kPoison) != 0) {
-        fail("RACE: accumulator register %d of lane %d was written while a wgmma was in flight, before the wait at %s", i,
-             lane, source_line(site).c_str());
+        fail("RACE: accumulator register %d of lane %d was written while a wgmma was in flight, before the wait at %s",
+             i, lane, source_line(site).c_str());
       }
       *target = accumulators.values[lane][i];
     }
@@ -342,9 +342,8 @@ void check_no_wgmma_at_exit(const Thread& thread) {
 
 void check_accumulators(const void* address, bool is_write, Site site) {
   for (const auto& accumulators : my_state().accumulators) {
-    const auto offset =
-        static_cast<size_t>(static_cast<const char*>(address) -
-                            reinterpret_cast<const char*>(accumulators->registers[current->lane]));
+    const auto offset = static_cast<size_t>(static_cast<const char*>(address) -
+                                            reinterpret_cast<const char*>(accumulators->registers[current->lane]));
     if (offset >= static_cast<size_t>(accumulators->num_registers) * sizeof(float)) continue;
     fail("RACE: accumulator register %zu is %s while a wgmma is in flight, at %s", offset / sizeof(float),
          is_write ? "written" : "read", source_line(site).c_str());

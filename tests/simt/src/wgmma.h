@@ -1,7 +1,8 @@
 // wgmma: matrix products of four warps, asynchronous.
 //
-// What the PTX ISA leaves open is decided thus: an operation belongs to the warpgroup. It can complete once all four warps
-// have issued it, and then it is complete for all four, so one warp's wait covers the others' reads of shared memory.
+// What the PTX ISA leaves open is decided thus: an operation belongs to the warpgroup. It can complete once all four
+// warps have issued it, and then it is complete for all four, so one warp's wait covers the others' reads of shared
+// memory.
 #pragma once
 
 #include "matrix.h"
