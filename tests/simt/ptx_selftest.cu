@@ -500,7 +500,7 @@ __global__ void mbarrier_kernel(int* out) {
 #endif
 }
 
-__global__ void setmaxnreg_kernel(int* out) {
+__global__ void __launch_bounds__(256, 1) setmaxnreg_kernel(int* out) {
 #ifdef HAS_HOPPER
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_decrease<40>();
@@ -645,6 +645,8 @@ void test_tma(const char* name, TensorMapElement type, int swizzle_bytes, bool a
 
 // ---- wgmma ----
 
+#ifdef HAS_HOPPER
+
 // Where element (mn, k) of a tile lies: K major [mn][k] or MN major [k][mn], rows of 128 bytes in 16-byte chunks at
 // chunk ^ row % 8; an MN-major tile wider than 64 is a sequence of such tiles of 64.
 __device__ __forceinline__ int element_offset(ptx::Major major, int mn, int k, int num_k) {
@@ -660,6 +662,8 @@ __device__ __forceinline__ void fill_tile(uint8_t* tile, ptx::Major major, const
     *reinterpret_cast<Element*>(tile + element_offset(major, mn, k, num_k)) = Element(values[i]);
   }
 }
+
+#endif
 
 // a [64, 64] and b [N, 64] are indexed [mn][k]; out = 2 a b^T by two passes, the first of which ignores what acc held.
 template <typename Element, int kN, ptx::Major kMajorA, ptx::Major kMajorB, bool kFromRegisters>
