@@ -49,6 +49,16 @@ class Step:
         ]
 
 
+def architecture() -> str:
+    """nvcc's name for the GPU here; Hopper's own instructions exist only under sm_90a, which no driver names."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        capability = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError):
+        return "native"
+    return "sm_90a" if capability == "9.0" else f"sm_{capability.replace('.', '')}"
+
+
 def steps() -> list[Step]:
     sanitize = f"compute-sanitizer --error-exitcode 1 --kernel-name kns={OUR_KERNELS} --tool"
     print_torch = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())"
@@ -68,7 +78,7 @@ def steps() -> list[Step]:
             "ptx",
             "every PTX wrapper against the emulator's reading of it",
             (
-                f"nvcc -O2 -std=c++17 -arch=native -I csrc -I csrc/cuda/device {SELFTEST} -o {{out}}/selftest",
+                f"nvcc -std=c++17 -arch={architecture()} -I csrc -I csrc/cuda/device {SELFTEST} -o {{out}}/selftest",
                 "{out}/selftest",
             ),
             tools=("nvcc",),
