@@ -71,9 +71,7 @@ def test_float16(name):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize(
-    "head_dim, value_head_dim", _HEAD_DIMS
-)
+@pytest.mark.parametrize("head_dim, value_head_dim", _HEAD_DIMS)
 def test_head_dims(head_dim, value_head_dim, dtype):
     check_case("gaussian", Shape(1, 1, 130, 100, head_dim, value_head_dim=value_head_dim), dtype, seed=head_dim // 8)
 

@@ -41,10 +41,15 @@ struct ScanConfig {
   // Odd, so that lanes that solve neighbouring rows start in different banks.
   static constexpr int kRowWords = kNumSlots * kBinWords + 1;
 
+  // Thresholds are remembered before the first tile and after tiles 1, 2, 4, 8, ...: 2^20 keys are 2^14 tiles.
+  static constexpr int kSnapshots = 15;
+  static_assert(kMaxKeys / kBlockN <= int64_t(1) << (kSnapshots - 1), "the last tile needs a snapshot before it");
+
   static constexpr int kKeyBytes = kStages * kBlockN * kHeadDim * 2;
   static constexpr int kHistogramBytes = kBlockM * kRowWords * 4;
   static constexpr int kHitBytes = kThreads * kRowsPerLane * kHitsPerList * 4;
-  static constexpr int kSmemBytes = kKeyBytes + kHistogramBytes + kHitBytes;
+  static constexpr int kSnapshotBytes = kSnapshots * kBlockM * 4;
+  static constexpr int kSmemBytes = kKeyBytes + kHistogramBytes + kHitBytes + kSnapshotBytes;
   static_assert(kBlockM <= kStages * kBlockN, "the queries pass through the key ring on their way to registers");
 };
 

@@ -25,6 +25,11 @@ BlockMaskShape mask_shape(const AttentionProblem& problem) {
   return {static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys)};
 }
 
+int64_t tile_excess_bytes(const AttentionProblem& problem) {
+  const BlockMaskShape shape = mask_shape(problem);
+  return num_heads_in_all(problem) * shape.num_row_groups * shape.num_key_tiles * int64_t(sizeof(uint16_t));
+}
+
 int64_t column_mask_bytes(const AttentionProblem& problem) {
   return num_heads_in_all(problem) * mask_shape(problem).column_words() * int64_t(sizeof(uint32_t));
 }
@@ -66,7 +71,8 @@ int64_t block_mask_bytes(const AttentionProblem& problem) {
 
 int64_t forward_workspace_bytes(const AttentionProblem& problem) {
   const int64_t num_rows = num_rows_in_all(problem);
-  return align_up(num_rows * int64_t(sizeof(float))) + align_up(block_mask_bytes(problem)) + align_up(num_rows);
+  return align_up(num_rows * int64_t(sizeof(float))) + align_up(block_mask_bytes(problem)) + align_up(num_rows) +
+         tile_excess_bytes(problem);
 }
 
 int64_t backward_workspace_bytes(const AttentionProblem& problem) {
@@ -108,6 +114,8 @@ void forward(const Forward& call) {
   workspace.scan_mask = reinterpret_cast<uint32_t*>(bytes);
   bytes += align_up(block_mask_bytes(problem));
   workspace.is_coarse = bytes;
+  bytes += align_up(num_rows_in_all(problem));
+  workspace.tile_excess = reinterpret_cast<uint16_t*>(bytes);
   find_passes(problem).forward(call, workspace);
 }
 

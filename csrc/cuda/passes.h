@@ -9,9 +9,10 @@ namespace adasplash2::cuda {
 
 // What forward and backward keep in the caller's workspace.
 struct ForwardWorkspace {
-  float* tau_lower;     // (B, H, Nq)
-  uint32_t* scan_mask;  // as the block mask
-  uint8_t* is_coarse;   // (B, H, Nq)
+  float* tau_lower;       // (B, H, Nq)
+  uint32_t* scan_mask;    // as the block mask
+  uint16_t* tile_excess;  // (B, H, row groups, key tiles), the scan's own
+  uint8_t* is_coarse;     // (B, H, Nq)
 };
 
 struct BackwardWorkspace {

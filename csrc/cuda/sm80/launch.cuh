@@ -38,7 +38,8 @@ struct Instance {
     const AttentionProblem& problem = call.problem;
     const cudaStream_t stream = static_cast<cudaStream_t>(call.stream);
 
-    const ScanParams scan{problem, workspace.tau_lower, workspace.is_coarse, workspace.scan_mask};
+    const ScanParams scan{problem, workspace.tau_lower, workspace.is_coarse, workspace.scan_mask,
+                          workspace.tile_excess};
     launch_kernel(scan_kernel<Element, kHeadDim, kScanKind>,
                   grid_of(problem, ceil_div<int64_t>(problem.num_queries, Scan::kBlockM), problem.num_heads),
                   dim3(Scan::kThreads), Scan::kSmemBytes, stream, scan);

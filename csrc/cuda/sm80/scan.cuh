@@ -4,6 +4,7 @@
 //   out  tau_lower (B, H, Nq) float, in units of z; +inf for a row without keys, NaN for a row with a NaN or +inf score
 //        is_coarse (B, H, Nq) uint8, 1 where tau may lie too far above tau_lower for the output pass to fold in
 //        block_mask (rows, see block_mask.h): 0 where no score of the tile exceeds a lower bound of its row's tau
+//   own  tile_excess (B, H, row groups, key tiles) uint16
 //
 // Grid (blocks of kBlockM rows, H, B); a block walks the key tiles from the last visible one down: under is_causal the
 // blocks with most work start first, and the nearest keys, often the heaviest, raise the bounds early.
@@ -18,6 +19,7 @@
 #include "cuda/config.h"
 #include "cuda/problem.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/max.cuh"
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/row_reduce.cuh"
@@ -32,6 +34,7 @@ struct ScanParams {
   float* tau_lower;
   uint8_t* is_coarse;
   uint32_t* block_mask;
+  uint16_t* tile_excess;
 };
 
 // What a warp knows of its rows so far. A lane keeps the rows of its quad, kRowsPerLane of them, in registers; their
@@ -44,6 +47,7 @@ struct RowBounds {
 
   uint32_t* s_histogram;  // [kRowsPerWarp][kRowWords], this warp's rows
   float* s_hits;          // [kRows][kHitsPerList][kWarpSize]
+  float* s_snapshots;     // [kSnapshots][kRowsPerWarp], thresholds as they were
   float to_z, from_z;
   Entmax<kKind> entmax;
 
@@ -51,9 +55,11 @@ struct RowBounds {
   float threshold[kRows];  // in units of the score: at or below tau, so only scores above it can matter
   int num_hits[kRows];
 
-  __device__ __forceinline__ void init(uint32_t* s_histogram_, float* s_hits_, float to_z_, float alpha) {
-    s_histogram = s_histogram_;
-    s_hits = s_hits_;
+  __device__ __forceinline__ void init(int warp, uint32_t* s_histograms, float* s_all_hits, float* s_all_snapshots,
+                                       float to_z_, float alpha) {
+    s_histogram = s_histograms + warp * Config::kRowsPerWarp * Config::kRowWords;
+    s_hits = s_all_hits + warp * kRows * Config::kHitsPerList * kListStride;
+    s_snapshots = s_all_snapshots + warp * Config::kSnapshots * Config::kRowsPerWarp;
     to_z = to_z_;
     from_z = 1.0f / to_z_;
     entmax.alpha = alpha;
@@ -156,6 +162,34 @@ struct RowBounds {
     __syncwarp();
   }
 
+  // Remembers the thresholds. A quad's lanes hold the same ones; one of them writes. The whole warp.
+  __device__ __forceinline__ void take_snapshot(int index) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (lane % 4 == 0) s_snapshots[index * Config::kRowsPerWarp + row_in_warp(lane, r)] = threshold[r];
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ float above_snapshot(int index, int r, float score) const {
+    return (score - s_snapshots[index * Config::kRowsPerWarp + row_in_warp(lane_id(), r)]) * to_z;
+  }
+
+  // The most by which a score of row group i exceeds its snapshot, given the maxima of the lane's rows.
+  __device__ __forceinline__ float excess(int index, int i, const float (&tile_max)[kRows]) const {
+    const float most =
+        fmaxf(above_snapshot(index, 2 * i, tile_max[2 * i]), above_snapshot(index, 2 * i + 1, tile_max[2 * i + 1]));
+    return warp_max_of_positive(fmaxf(most, 0.0f));
+  }
+
+  // The least by which a threshold of row group i has risen since the snapshot; rows that had none do not count.
+  __device__ __forceinline__ float rise(int index, int i) const {
+    const float least =
+        fminf(above_snapshot(index, 2 * i, threshold[2 * i]), above_snapshot(index, 2 * i + 1, threshold[2 * i + 1]));
+    return warp_min_of_positive(fmaxf(fminf(least, INFINITY), 0.0f));
+  }
+
   // Lane l solves row l of the warp and takes what it needs from the lane that keeps the row. The whole warp, flushed.
   __device__ __forceinline__ TauBound solve() {
     const int lane = lane_id();
@@ -185,6 +219,23 @@ struct RowBounds {
   }
 };
 
+// A tile is marked live by thresholds that are still low, most of all early in the walk. What decides in the end is
+// whether some score of it is above its row's last threshold. With `excess` the most by which a score of a 16-row group
+// exceeded the snapshot of its row, and `rise` the least by which a row's threshold has risen since, the tile is dead
+// where excess < rise. The excess is kept as the upper half of a float, rounded up.
+constexpr float kRoundUp = 1.0f + 0x1p-16f;  // covers the rounding of the differences
+
+__device__ __forceinline__ uint16_t encode_excess(float excess) {
+  const uint32_t bits = __float_as_uint(excess * kRoundUp);
+  return static_cast<uint16_t>((bits + 0xffffu) >> 16);
+}
+__device__ __forceinline__ float decode_excess(uint16_t code) {
+  return __uint_as_float(static_cast<uint32_t>(code) << 16);
+}
+
+// The snapshot that a tile is measured against: 0 before the first tile, k after 2^(k-1) tiles.
+__device__ __forceinline__ int snapshot_of(int num_tiles_before) { return 32 - __clz(num_tiles_before); }
+
 // Solving after tiles 1, 2, 4, 8, 16, 32, 48, ... lets through within 15% of the hits of solving after each.
 __device__ __forceinline__ bool is_time_to_solve(int num_tiles_done) {
   return num_tiles_done < 16 ? (num_tiles_done & (num_tiles_done - 1)) == 0 : num_tiles_done % 16 == 0;
@@ -212,11 +263,12 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
   const Element* g_query = head_rows<const Element>(problem.query, batch, head);
   const Element* g_key = head_rows<const Element>(problem.key, batch, kv_head);
 
-  // Shared memory: key ring | histograms | hits.
+  // Shared memory: key ring | histograms | hits | snapshots.
   uint8_t* smem = dynamic_smem();
   const uint32_t s_key = ptx::shared_address(smem);
-  uint32_t* s_histogram = reinterpret_cast<uint32_t*>(smem + Config::kKeyBytes);
+  uint32_t* s_histograms = reinterpret_cast<uint32_t*>(smem + Config::kKeyBytes);
   float* s_hits = reinterpret_cast<float*>(smem + Config::kKeyBytes + Config::kHistogramBytes);
+  float* s_snapshots = reinterpret_cast<float*>(smem + Config::kKeyBytes + Config::kHistogramBytes + Config::kHitBytes);
 
   // Phase 1: the queries pass through the key ring into registers, where they stay.
   copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(s_key, g_query, problem.query.stride_row, row_begin,
@@ -225,9 +277,7 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
 
   const float alpha = head_alpha(problem, batch, head);
   RowBounds<kHeadDim, kKind> bounds;
-  bounds.init(s_histogram + warp * Config::kRowsPerWarp * Config::kRowWords,
-              s_hits + warp * Config::kRowsPerLane * Config::kHitsPerList * kWarpSize, score_to_z(problem, alpha),
-              alpha);
+  bounds.init(warp, s_histograms, s_hits, s_snapshots, score_to_z(problem, alpha), alpha);
   int visible[Config::kRowsPerLane];  // keys that the row sees
 #pragma unroll
   for (int r = 0; r < Config::kRowsPerLane; ++r) {
@@ -256,17 +306,24 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
 #pragma unroll
   for (int step = 0; step < Config::kStages - 1; ++step) copy_keys(step);
 
-  // The mask's words of this warp's row groups, the highest first; a word is written when its tile 0 is done.
+  // This warp's rows of the mask and of the excesses; a word is written when its tile 0 is done.
   const BlockMaskShape mask_shape(num_queries, range.num_keys);
-  uint32_t* g_mask = params.block_mask + (batch * problem.num_heads + head) * mask_shape.row_words();
+  const int first_group = warp_row / kMaskRows;
+  const int64_t head_index = batch * problem.num_heads + head;
+  uint32_t* g_mask = params.block_mask + head_index * mask_shape.row_words();
+  uint16_t* g_excess = params.tile_excess + head_index * mask_shape.num_row_groups * mask_shape.num_key_tiles;
   uint32_t mask_bits[kFragmentsM] = {};
+  const auto mask_at = [&](int i, int word) {
+    return g_mask + int64_t(first_group + i) * mask_shape.key_words() + word;
+  };
+  const auto excess_at = [&](int i, int tile) {
+    return g_excess + int64_t(first_group + i) * mask_shape.num_key_tiles + tile;
+  };
+  const auto is_group_there = [&](int i) { return first_group + i < mask_shape.num_row_groups; };
   const auto store_mask_word = [&](int word) {
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i) {
-      const int group = warp_row / kMaskRows + i;
-      if (lane == 0 && group < mask_shape.num_row_groups) {
-        g_mask[int64_t(group) * mask_shape.key_words() + word] = mask_bits[i];
-      }
+      if (lane == 0 && is_group_there(i)) *mask_at(i, word) = mask_bits[i];
       mask_bits[i] = 0;
     }
   };
@@ -315,33 +372,36 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
       }
     }
 
-    // Phase 5, first tile only: its own maxima are the first bounds.
+    // Phase 5: the rows' maxima over this lane's columns, NaN if a score is. Those of the first tile are first bounds.
+    float tile_max[Config::kRowsPerLane];
+#pragma unroll
+    for (int r = 0; r < Config::kRowsPerLane; ++r) {
+      tile_max[r] = score[r / 2][0][2 * (r % 2)];
+#pragma unroll
+      for (int n = 0; n < kFragmentsN; ++n) {
+        if (n > 0) tile_max[r] = ptx::max_nan(tile_max[r], score[r / 2][n][2 * (r % 2)]);
+        tile_max[r] = ptx::max_nan(tile_max[r], score[r / 2][n][2 * (r % 2) + 1]);
+      }
+    }
     if (step == 0) {
 #pragma unroll
       for (int r = 0; r < Config::kRowsPerLane; ++r) {
-        float tile_max = -INFINITY;
-#pragma unroll
-        for (int n = 0; n < kFragmentsN; ++n) {
-          tile_max = fmaxf(tile_max, fmaxf(score[r / 2][n][2 * (r % 2)], score[r / 2][n][2 * (r % 2) + 1]));
-        }
-        tile_max = quad_max(tile_max);
-        if (fabsf(tile_max) < INFINITY) bounds.raise_threshold_to_window(r, tile_max);
+        const float row_max = quad_max(tile_max[r]);
+        if (fabsf(row_max) < INFINITY) bounds.raise_threshold_to_window(r, row_max);
       }
+      bounds.take_snapshot(0);
     }
 
     // Phase 6: has any row group a hit? Then its tile is live, and the hits join the lists.
     bool is_live = false;
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i) {
-      bool has_hit = false;
-#pragma unroll
-      for (int n = 0; n < kFragmentsN; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) has_hit |= bounds.is_hit(2 * i + e / 2, score[i][n][e]);
-      }
-      has_hit = __any_sync(kAllLanes, has_hit);
-      if (has_hit) mask_bits[i] |= mask_bit(tile);
-      is_live |= has_hit;
+      const bool has_hit = bounds.is_hit(2 * i, tile_max[2 * i]) || bounds.is_hit(2 * i + 1, tile_max[2 * i + 1]);
+      if (!__any_sync(kAllLanes, has_hit)) continue;
+      is_live = true;
+      mask_bits[i] |= mask_bit(tile);
+      const float excess = bounds.excess(snapshot_of(step), i, tile_max);
+      if (lane == 0 && is_group_there(i)) *excess_at(i, tile) = encode_excess(excess);
     }
     if (is_live) {
 #pragma unroll
@@ -363,6 +423,7 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
     if (is_time_to_solve(step + 1) && step + 1 < num_tiles) {
       bounds.flush();
       bounds.solve();
+      if (((step + 1) & step) == 0) bounds.take_snapshot(snapshot_of(step + 1));
     }
   }
 
@@ -375,6 +436,28 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
     const bool has_keys = range.num_visible_keys(row) > 0 && bound.tau_lower != -INFINITY;
     params.tau_lower[index] = has_keys ? bound.tau_lower : INFINITY;
     params.is_coarse[index] = bound.needs_refinement();
+  }
+
+  // Phase 9: tiles whose scores have all fallen below the final thresholds leave the mask. Lane l keeps the rises since
+  // snapshot l, then looks at tile l of each word.
+  const int num_snapshots = num_tiles > 0 ? snapshot_of(num_tiles - 1) + 1 : 0;
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) {
+    if (!is_group_there(i)) continue;
+    float rise_since = 0.0f;
+    for (int index = 0; index < num_snapshots; ++index) {
+      const float rise = bounds.rise(index, i);
+      if (lane == index) rise_since = rise;
+    }
+    for (int word = 0; word <= mask_word(num_tiles - 1); ++word) {
+      const uint32_t marked = *mask_at(i, word);
+      const int tile = word * 32 + lane;
+      const bool is_marked = (marked & mask_bit(lane)) != 0;
+      const float rise = __shfl_sync(kAllLanes, rise_since, is_marked ? snapshot_of(num_tiles - 1 - tile) : 0);
+      const bool is_live = is_marked && decode_excess(*excess_at(i, tile)) >= rise;
+      const uint32_t live = __ballot_sync(kAllLanes, is_live);
+      if (lane == 0) *mask_at(i, word) = live;
+    }
   }
 }
 

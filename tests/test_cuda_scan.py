@@ -1,0 +1,160 @@
+"""What the scan promises the other passes, and what every pass is allowed to do: bounds, masks, exact work counts."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from cases import Shape
+from kernels import library
+from torch import Tensor
+
+from adasplash2 import reference
+
+BF16 = torch.bfloat16
+MMA = 16 * 8 * 16  # multiply-adds of one mma.m16n8k16
+emulated = pytest.mark.skipif(library.has_gpu(), reason="the emulator counts, a GPU does not")
+
+
+def exact_z(query: Tensor, key: Tensor, alpha: float, is_causal: bool = False) -> Tensor:
+    """(alpha - 1) * score in float64, -inf where masked."""
+    query, key = query.double(), key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    z = (alpha - 1) * query.shape[-1] ** -0.5 * query @ key.mT
+    num_queries, num_keys = z.shape[-2:]
+    if is_causal:
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+        z = z.masked_fill(~visible, -torch.inf)
+    return z
+
+
+def exact_tau(query: Tensor, key: Tensor, value: Tensor, alpha: float, is_causal: bool = False) -> Tensor:
+    tensors = (t.double() for t in (query, key, value))
+    return reference.entmax_attention(*tensors, alpha=alpha, is_causal=is_causal, enable_gqa=True, return_aux=True)[
+        1
+    ].tau
+
+
+def tiles_with(keys: Tensor, rows: int = 16) -> Tensor:
+    """(B, H, Nq, Nk) bool to one bit for each (row group, key tile): does it hold a marked pair?"""
+    num_queries, num_keys = keys.shape[-2:]
+    padded = torch.nn.functional.pad(keys, (0, -num_keys % 64, 0, -num_queries % rows))
+    return padded.unflatten(-1, (-1, 64)).unflatten(-3, (-1, rows)).any(-1).any(-2)
+
+
+def blocks(mask: Tensor, groups: int) -> Tensor:
+    """A mask by groups of 16 rows to one by `groups` such groups."""
+    padded = torch.nn.functional.pad(mask, (0, 0, 0, -mask.shape[-2] % groups))
+    return padded.unflatten(-2, (-1, groups)).any(-2)
+
+
+def run_case(name: str, shape: Shape, seed: int = 0, **options: object) -> tuple[library.Run, tuple[Tensor, ...]]:
+    tensors = cases.inputs(name, shape, BF16, seed)
+    on_device = [t.to(library.device()) for t in tensors[:3]]
+    return library.forward(library.build(), *on_device, seed=seed % 4, **options), tensors
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.25])
+@pytest.mark.parametrize("name", sorted(cases.MAKERS))
+def test_bounds_and_masks(name, alpha):
+    is_causal = name in ("gaussian", "tied", "rising")
+    run, (query, key, value, _) = run_case(name, Shape(1, 1, 150, 300), seed=1, alpha=alpha, is_causal=is_causal)
+    tau, tau_lower = exact_tau(query, key, value, alpha, is_causal), run.tau_lower.cpu().double()
+    # The kernels' scores are float32 sums of D exact products: below D 2^-24 of sum |q k| from the exact ones.
+    size = (alpha - 1) * query.shape[-1] ** -0.5 * (query.double().abs() @ key.double().abs().mT).amax(-1)
+    rounding = 64 * 2**-24 * size + 2**-20
+    assert (tau_lower <= tau + rounding).all(), f"tau_lower above tau by {(tau_lower - tau).max():.3e}"
+    assert ((run.tau.cpu() - tau).abs() <= 2e-5 + 2 * rounding).all(), f"{(run.tau.cpu() - tau).abs().max():.3e}"
+
+    z = exact_z(query, key, alpha, is_causal)
+    support = tiles_with(z > (tau + 4e-5 + 2 * rounding).unsqueeze(-1))
+    block_mask, scan_mask = run.block_mask.cpu(), run.scan_mask.cpu()
+    assert (block_mask | ~support).all(), "the block mask misses a tile of the support"
+    assert (scan_mask | ~block_mask).all(), "the scan's mask misses a tile of the block mask"
+    above = tiles_with(z > (torch.minimum(tau_lower, tau) - 4e-5 - 2 * rounding).unsqueeze(-1))
+    assert (above | ~block_mask).all(), "the block mask has a tile without a gap"
+
+
+@pytest.mark.parametrize("num_keys, factor, largest_error", [(1000, 3.0, 3e-4), (2000, 1.0, 8e-4), (3000, 0.6, 3e-3)])
+def test_error_of_the_scan_by_support(num_keys, factor, largest_error):
+    """Before the last step; docs/algorithm.md quotes these errors."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 32, num_keys), BF16)
+    query = query * factor
+    run = library.forward(library.build(), *(t.to(library.device()) for t in (query, key, value)))
+    error = exact_tau(query, key, value, 1.5) - run.tau_lower.cpu()
+    assert error.max() <= largest_error
+    assert (run.tau.cpu() - exact_tau(query, key, value, 1.5)).abs().max() <= 3e-6
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 5.0])
+def test_no_refinement_for_small_supports(factor):
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 128, 1500), BF16)
+    run = library.forward(library.build(), *(t.to(library.device()) for t in (query * factor, key, value)))
+    assert run.support_size.max() <= 300
+    assert not run.is_coarse.any()
+
+
+def test_refinement_of_large_supports():
+    """Nearly constant scores: many rows are flagged, and end as exact as the others."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 64, 2000), BF16)
+    query = query * 0.1
+    run = library.forward(library.build(), *(t.to(library.device()) for t in (query, key, value)))
+    assert run.is_coarse.sum() >= 10 and run.support_size.float().mean() > 1000
+    assert (run.tau.cpu() - exact_tau(query, key, value, 1.5)).abs().max() <= 3e-6
+
+
+@pytest.mark.parametrize("name", ["block_structured", "one_hot", "rising"])
+def test_tiles_marked_early_do_not_stay(name):
+    """While bounds are low nearly every tile looks live; all but a few of them must leave the mask in the end."""
+    run, _ = run_case(name, Shape(1, 1, 512, 1024))
+    live, visited = blocks(run.block_mask, 4).sum(), blocks(run.scan_mask, 4).sum()
+    assert live <= 0.2 * run.block_mask.shape[-1] * (512 // 64)
+    assert visited <= 1.1 * live
+
+
+@emulated
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", ["gaussian", "block_structured"])
+def test_work_of_the_forward_pass(name, is_causal, head_dim):
+    """Each unmasked tile is scanned once; the output pass multiplies what the masks hold, and nothing is refined."""
+    shape = Shape(1, 2, 200, 400, head_dim)
+    run, _ = run_case(name, shape, is_causal=is_causal)
+    assert not run.is_coarse.any()
+    visible = torch.ones(1, 2, 200, 400, dtype=torch.bool)
+    if is_causal:
+        visible = visible.tril(200)
+    scanned = blocks(tiles_with(visible), 8).sum().item()  # 128 rows x 64 keys
+    # The output pass takes the scores in steps of 64 keys, or of 16 where registers are scarce; values only for steps
+    # in which a warp's 16 rows have a gap.
+    products = scanned * (128 * 64 * head_dim) + blocks(run.scan_mask, 4).sum().item() * (64 * 64 * head_dim)
+    most = products + run.block_mask.sum().item() * 2 * (16 * 64 * head_dim)
+    done = run.counters["mma"] * MMA
+    assert products < done <= most
+    if head_dim == 64:
+        assert done == most
+    assert run.counters["ldmatrix_wavefronts"] == 4 * run.counters["ldmatrix"], "bank conflicts"
+
+
+@emulated
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["gaussian", "block_structured"])
+def test_work_of_the_backward_pass(name, head_dim):
+    """Seven products of a live 64 x 64 tile at most (three for dq, four for dk and dv), none of a dead one."""
+    run, (*_, grad_out) = run_case(name, Shape(1, 2, 256, 512, head_dim))
+    grads = library.backward(library.build(), run, grad_out)
+    live = blocks(run.block_mask, 4).sum().item()
+    done = grads.counters["mma"] * MMA
+    assert 0 < done <= 7 * live * (64 * 64 * head_dim)
+    assert grads.counters["ldmatrix_wavefronts"] == 4 * grads.counters["ldmatrix"], "bank conflicts"
+    assert grads.counters["global_atomics"] == 0
+    if name == "block_structured":
+        assert live <= 0.2 * 4 * 8 * 2
+
+
+@emulated
+def test_a_hit_costs_three_atomics():
+    """Keys at or below the bounds never reach a histogram: far fewer hits than keys, three words a hit."""
+    run, _ = run_case("sparse", Shape(1, 1, 128, 1000))
+    num_hits, remainder = divmod(run.counters["shared_atomics"], 3)
+    assert remainder == 0
+    assert run.support_size.sum() <= num_hits <= 0.3 * 128 * 1000
