@@ -219,11 +219,6 @@ class Case:
             f"-{shape.num_queries}x{shape.num_keys}-d{shape.head_dim}{'-causal' if self.is_causal else ''}"
         )
 
-    @property
-    def has_ties(self) -> bool:
-        """All scores of a row are equal, or in few groups of equal ones."""
-        return self.name in ("constant", "denormal", "tied")
-
     def inputs(self) -> tuple[Tensor, ...]:
         return inputs(self.name, self.shape, self.dtype)
 

@@ -5,12 +5,12 @@
 on the maximum and on the norm of every tensor. The oracle reads the very inputs that we read (cast up, so exact) and is
 never rounded to their dtype.
 
-The floor covers inputs on which the reference in low precision happens to be right by luck, as it may on few rows. Both
-the operation and the reference round a score by about u z (u = eps / 2 of the precision they compute in, float32 at
-least), z of the size of 1 + |tau| while <q, k> adds up. These errors are independent, so they add in quadrature: |d out|
-~ b u z sqrt(sum_j gap_j^(2b - 2)) |v|, where the root is 1 at alpha = 1.5. With b = 2, and 4 for the largest of many:
-8 u (1 + max |tau|). Where all scores of a row tie the errors are one and the same and add up coherently: the root is
-then sum_j gap_j^(b - 1), at alpha = 1.5 up to sqrt(support). Rounding the result to the input dtype adds u(dtype).
+The floor covers inputs on which the reference in low precision happens to be right by luck, as on few rows or on scores
+that all tie. An entry is a sum of terms, such as prob_j v_j, and every correct algorithm makes errors relative to the
+size of the terms, sum_j |prob_j v_j|, even where they cancel. With u = eps / 2 of the precision of the sums (float32 at
+least), the error of a score is about u z, z of the size of 1 + |tau| while <q, k> adds up; gap inherits it and prob =
+gap^b doubles it at b = 2; and 4 standard deviations for the largest of many: 8 u (1 + max |tau|) of the terms' size.
+Rounding the result to the input dtype adds u(dtype).
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ from adasplash2 import reference
 Attention = Callable[..., Any]
 
 
-def floor_of(dtype: torch.dtype, aux: reference.AttentionAux, has_ties: bool = False) -> float:
-    """Relative error granted to a tensor of `dtype` beside twice the reference's, as derived above."""
-    finite = aux.tau.detach()[aux.tau.isfinite()].abs()
+def floor_of(dtype: torch.dtype, tau: Tensor) -> float:
+    """Error granted to a tensor of `dtype` beside twice the reference's, relative to its terms; derived above."""
+    finite = tau.detach()[tau.isfinite()].abs()
     z_size = 1.0 + (finite.max().item() if finite.numel() else 0.0)
     compute = torch.promote_types(dtype, torch.float32)
-    coherence = max(1.0, aux.support_size.max().item() ** 0.5) if has_ties and finite.numel() else 1.0
     rounding = 0.0 if dtype == compute else torch.finfo(dtype).eps / 2
-    return 8.0 * z_size * coherence * torch.finfo(compute).eps / 2 + rounding
+    return 8.0 * z_size * torch.finfo(compute).eps / 2 + rounding
 
 
-def assert_within_rule(name: str, ours: Tensor, same_dtype: Tensor, oracle: Tensor, floor: float) -> None:
-    """Checks one tensor; NaN and inf must stand where the oracle has them. Reports the worst entry and its row."""
+def assert_within_rule(name: str, ours: Tensor, same_dtype: Tensor, oracle: Tensor, margin: Tensor) -> None:
+    """Checks one tensor whose floor is `margin`, entry by entry; NaN and inf must stand where the oracle has them.
+
+    Reports the worst entry and its row.
+    """
     assert ours.shape == oracle.shape, f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(ours.shape)}"
+    assert ours.dtype == same_dtype.dtype, f"{name}: expected {same_dtype.dtype}, got {ours.dtype}"
     if ours.numel() == 0:
         return
     ours, same_dtype = ours.detach().double(), same_dtype.detach().double()
@@ -50,18 +53,15 @@ def assert_within_rule(name: str, ours: Tensor, same_dtype: Tensor, oracle: Tens
         f"{name}: {int(wrong.sum())} entries differ in being finite, the first at {_first(wrong)}: "
         f"ours {ours[_first(wrong)].item()}, float64 {oracle[_first(wrong)].item()}"
     )
-    error = (ours - oracle).masked_fill(special, 0.0).abs()
-    error_allowed = (same_dtype - oracle).masked_fill(special, 0.0).abs()
-    size = oracle.masked_fill(special, 0.0).abs()
+    error, reference_error, margin = (
+        t.masked_fill(special, 0.0).abs() for t in (ours - oracle, same_dtype - oracle, margin)
+    )
     worst = _first(error == error.max())
-    for norm, ours_err, reference_err, magnitude in (
-        ("maximum", error.max(), error_allowed.max(), size.max()),
-        ("norm", error.norm(), error_allowed.norm(), size.norm()),
-    ):
-        limit = 2.0 * reference_err + floor * magnitude
-        assert ours_err <= limit, (
+    for norm, measure in (("maximum", torch.max), ("norm", torch.norm)):
+        ours_err, reference_err, floor = (measure(t).item() for t in (error, reference_error, margin))
+        assert ours_err <= 2.0 * reference_err + floor, (
             f"{name}: {norm} of the error is {ours_err:.3e}, allowed 2 x {reference_err:.3e} (reference in the input "
-            f"dtype) + {floor:.1e} x {magnitude:.3e}; worst at {worst}: ours {ours[worst].item():.9g}, reference "
+            f"dtype) + {floor:.3e}; worst at {worst}: ours {ours[worst].item():.9g}, reference "
             f"{same_dtype[worst].item():.9g}, float64 {oracle[worst].item():.9g}"
         )
 
@@ -102,10 +102,11 @@ def _detached(tensor: Any, dtype: torch.dtype | None = None) -> Any:
 
 @dataclass
 class Expected:
-    """The reference's two runs on one set of inputs: in the input dtype and in float64."""
+    """The reference's two runs on one set of inputs, and the size of the terms that each result adds up."""
 
     same_dtype: Result
     oracle: Result
+    term_sizes: dict[str, Tensor]
 
 
 def expect(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor | None = None, **options: Any) -> Expected:
@@ -118,28 +119,69 @@ def expect(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor | None = 
         same = run(attention, *inputs, **copied)
     else:
         same = run(reference.entmax_attention, *inputs, **copied)
-    oracle = run(
-        reference.entmax_attention,
-        *(_detached(t, torch.float64) for t in (query, key, value, grad_out)),
-        **{name: _detached(t, torch.float64) for name, t in options.items()},
-    )
-    return Expected(same, oracle)
+    inputs = [_detached(t, torch.float64) for t in (query, key, value, grad_out)]
+    copied = {name: _detached(t, torch.float64) for name, t in options.items()}
+    oracle = run(reference.entmax_attention, *inputs, **copied)
+    with torch.no_grad():
+        return Expected(same, oracle, _term_sizes(oracle, *inputs, **copied))
 
 
 def _attention_in_reverse(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     return reference.entmax_attention(query.flip(-1), key.flip(-1), value, **options)
 
 
-def assert_result(result: Result, expected: Expected, has_ties: bool = False) -> None:
+def _term_sizes(
+    oracle: Result, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor | None, **options: Any
+) -> dict[str, Tensor]:
+    """sum |term| for every entry of out, tau and the gradients: the equations of the operation with absolute values."""
+    identity = torch.eye(key.shape[-2], dtype=key.dtype).expand(*key.shape[:-1], -1)
+    prob = reference.entmax_attention(query, key, identity, **options).nan_to_num()
+    query, key, value = (t.nan_to_num(posinf=0.0, neginf=0.0) for t in (query, key, value))
+    group_size = query.shape[-3] // max(key.shape[-3], 1) if options.get("enable_gqa") else 1
+
+    def per_query_head(tensor: Tensor) -> Tensor:
+        return tensor.repeat_interleave(group_size, dim=-3) if group_size > 1 else tensor
+
+    def summed_to(like: Tensor, terms: Tensor) -> Tensor:
+        if group_size > 1 and terms.shape[-3] != like.shape[-3]:
+            terms = terms.unflatten(-3, (-1, group_size)).sum(-3)
+        return terms.sum_to_size(like.shape)
+
+    sizes = {"out": prob @ per_query_head(value).abs(), "tau": 1.0 + oracle.aux.tau.abs()}
+    if grad_out is None:
+        return sizes
+    alpha = options.get("alpha", 1.5)
+    alpha_rows = alpha.expand(prob.shape[:-2])[..., None, None] if isinstance(alpha, Tensor) else alpha
+    scale = abs(query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"])
+    grad_out = grad_out.nan_to_num(posinf=0.0, neginf=0.0)
+    grad_prob = (grad_out @ per_query_head(value).mT).abs()
+    weight = torch.where(prob > 0, prob.pow(2.0 - alpha_rows), 0.0)
+    tilted = weight / weight.sum(-1, keepdim=True).clamp(min=1e-300)
+    grad_score = weight * (grad_prob + (tilted * grad_prob).sum(-1, keepdim=True))
+    sizes["query"] = summed_to(query, scale * grad_score @ per_query_head(key).abs())
+    sizes["key"] = summed_to(key, scale * grad_score.mT @ query.abs())
+    sizes["value"] = summed_to(value, prob.mT @ grad_out.abs())
+    if isinstance(mask := options.get("attn_mask"), Tensor):
+        sizes["attn_mask"] = grad_score.sum_to_size(mask.shape)
+    if isinstance(alpha, Tensor):
+        entropy = -torch.xlogy(prob, prob)
+        prob_by_alpha = (prob + tilted) / (alpha_rows - 1.0) ** 2
+        prob_by_alpha += (entropy + tilted * entropy.sum(-1, keepdim=True)) / (alpha_rows - 1.0)
+        sizes["alpha"] = (grad_prob * prob_by_alpha).sum((-1, -2)).sum_to_size(alpha.shape)
+    return sizes
+
+
+def assert_result(result: Result, expected: Expected) -> None:
     """The rule for out, tau and every gradient, and the dtypes and shapes of all of them."""
     same, oracle = expected.same_dtype, expected.oracle
     triples = {"out": (result.out, same.out, oracle.out), "tau": (result.aux.tau, same.aux.tau, oracle.aux.tau)}
     assert result.grads.keys() == oracle.grads.keys()
     for name, grad in result.grads.items():
-        triples[f"grad {name}"] = (grad, same.grads[name], oracle.grads[name])
+        triples[name] = (grad, same.grads[name], oracle.grads[name])
     for name, (ours, same_dtype, exact) in triples.items():
-        assert ours.dtype == same_dtype.dtype, f"{name}: expected {same_dtype.dtype}, got {ours.dtype}"
-        assert_within_rule(name, ours, same_dtype, exact, floor_of(ours.dtype, oracle.aux, has_ties))
+        margin = floor_of(ours.dtype, oracle.aux.tau) * expected.term_sizes[name]
+        label = f"grad {name}" if name in result.grads else name
+        assert_within_rule(label, ours, same_dtype, exact, margin)
 
 
 def check(
