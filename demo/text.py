@@ -35,11 +35,11 @@ class Corpus:
         pools = {"english": _english(), "python": _python()}
         return cls({pool: documents for pool, documents in pools.items() if documents})
 
-    def train_batch(self, batch: int, context: int, generator: torch.Generator) -> Tensor:
+    def train_batch(self, step: int, batch: int, context: int, generator: torch.Generator) -> Tensor:
         """(batch, context + 1) bytes: windows at random places of the pools in turn."""
         pools = list(self.train.values())
         windows = []
-        for i in range(batch):
+        for i in range(step * batch, (step + 1) * batch):
             text = pools[i % len(pools)]
             start = int(torch.randint(len(text) - context, (), generator=generator))
             windows.append(text[start : start + context + 1])

@@ -19,16 +19,17 @@ from demo.text import Corpus
 BITS_PER_NAT = 1.0 / math.log(2.0)
 WARMUP_SHARE = 0.05
 FINAL_LEARNING_RATE_SHARE = 0.05
+FAST_LEARNING_RATE = 4.0  # times that of the matrices: embeddings, of which a step sees few rows, and vectors
 NUM_EVALUATIONS = 8  # during training, evenly spaced
 EVALUATION_WINDOWS, FINAL_WINDOWS = 4, 24  # of one context, per pool
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 320
-    batch: int = 2
+    steps: int = 650
+    batch: int = 1
     context: int = 1024
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 0.1
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -83,9 +84,9 @@ def train(model_config: ModelConfig, config: TrainingConfig, corpus: Corpus, lab
             break
 
         start = time.perf_counter()
-        text = corpus.train_batch(config.batch, config.context, batches).to(config.device)
+        text = corpus.train_batch(step, config.batch, config.context, batches).to(config.device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = learning_rate(step, config) * group["lr_factor"]
         loss = next_byte_loss(model, config, text)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -104,11 +105,13 @@ def train(model_config: ModelConfig, config: TrainingConfig, corpus: Corpus, lab
 
 def make_optimizer(model: ByteTransformer, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW; only matrices decay."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    tables = list(model.embedding.parameters())
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": tables, "weight_decay": config.weight_decay, "lr_factor": FAST_LEARNING_RATE},
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_factor": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_factor": FAST_LEARNING_RATE},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 

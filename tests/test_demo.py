@@ -43,9 +43,18 @@ def test_standard_library_text_is_split_by_document():
 
 
 def test_batches_depend_on_the_generator_alone(corpus):
-    first, second = (corpus.train_batch(3, 50, torch.Generator().manual_seed(7)) for _ in range(2))
+    first, second = (corpus.train_batch(0, 3, 50, torch.Generator().manual_seed(7)) for _ in range(2))
     assert first.shape == (3, 51)
     assert torch.equal(first, second)
+
+
+def test_batches_take_the_pools_in_turn():
+    corpus = Corpus(
+        {pool: {f"copy {i}": letter * 100 for i in range(40)} for pool, letter in (("a", b"a"), ("b", b"b"))}
+    )
+    generator = torch.Generator().manual_seed(0)
+    letters = [chr(row.median()) for step in range(2) for row in corpus.train_batch(step, 3, 20, generator)]
+    assert letters == list("ababab")
 
 
 def test_ngram_hash_sees_the_last_bytes_and_no_others():
