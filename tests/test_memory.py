@@ -1,0 +1,60 @@
+"""Memory grows with N, not with N^2: a long sequence, forward and backward, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LIMIT_MB = 600  # N x N scores in float32 would be 4096 MB a head
+
+SCRIPT = """
+import json, resource, sys, torch, adasplash2
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+q_scale, num_heads, num_rows, is_causal = json.loads(sys.argv[1])
+
+def step(num_rows):
+    shape = (1, num_heads, num_rows, 64)
+    query, key, value = (torch.randn(shape) for _ in range(3))
+    query.mul_(q_scale)
+    grad_out = torch.randn(shape)
+    tensors = [t.requires_grad_() for t in (query, key, value)]
+    before = peak_mb()
+    out, aux = adasplash2.entmax_attention(query, key, value, is_causal=is_causal, return_aux=True)
+    out.backward(grad_out)
+    results = [out, *aux, *(t.grad for t in tensors)]
+    mean_support = aux.support_size.float().mean().item()
+    return before, sum(t.nbytes for t in results) / 2**20, mean_support
+
+step(200)  # everything that is loaded or allocated once
+before, results_mb, mean_support = step(num_rows)
+print(json.dumps({"above_mb": peak_mb() - before - results_mb, "mean_support": mean_support}))
+"""
+
+
+def measure(q_scale: float, num_heads: int, num_rows: int, is_causal: bool) -> dict[str, float]:
+    arguments = json.dumps([q_scale, num_heads, num_rows, is_causal])
+    done = subprocess.run([sys.executable, "-c", SCRIPT, arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("q_scale", "num_heads", "num_rows", "is_causal", "supports"),
+    [
+        (3.0, 2, 32768, False, (2, 60)),  # small supports
+        (0.5, 1, 32768, True, (60, 2000)),  # hundreds of keys
+        (0.05, 1, 16384, True, (2000, 16384)),  # thousands: nearly dense, so half as long to bound the time
+    ],
+    ids=["sparse", "hundreds_of_keys", "dense"],
+)
+def test_peak_memory(q_scale, num_heads, num_rows, is_causal, supports):
+    result = measure(q_scale, num_heads, num_rows, is_causal)
+    low, high = supports
+    assert low <= result["mean_support"] <= high, result
+    assert result["above_mb"] < LIMIT_MB, result
