@@ -29,7 +29,12 @@ Function = Callable[[], object]
 
 
 def measure(
-    functions: dict[str, Function], *, device: str = "cpu", rounds: int = 7, warmup: int = 2, min_sample_ms: float = 5.0
+    functions: dict[str, Function],
+    *,
+    device: str = "cpu",
+    rounds: int = 7,
+    warmup: int = 2,
+    min_sample_ms: float = 20.0,
 ) -> dict[str, list[float]]:
     """Milliseconds per call, `rounds` samples of each function; a sample repeats short calls for `min_sample_ms`."""
     calls = {name: _calls_per_sample(function, device, warmup, min_sample_ms) for name, function in functions.items()}
