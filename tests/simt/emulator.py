@@ -29,7 +29,7 @@ SEEDS = (0, 1, 2, 3)
 # No contraction: the kernels' floating point does what the source says, whatever the compiler's version.
 _FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off")
 _RUNTIME_FLAGS = (*_FLAGS, "-march=native")
-# A return address identifies the line of a call, hence no tail calls. The warnings are those that CUDA's idioms set off.
+# A return address identifies the line of a call, hence no tail calls. CUDA's idioms set off the warnings.
 _KERNEL_FLAGS = (
     *_FLAGS,
     "-Wno-unknown-pragmas",
@@ -49,7 +49,7 @@ class Diagnosis(Exception):
 
 @dataclass(frozen=True)
 class Patch:
-    """A bug to seed: in `file` (relative to the repository), `old` is replaced by `new`. `old` must occur exactly once."""
+    """A bug to seed: in `file` (relative to the repository), `old`, which occurs exactly once, becomes `new`."""
 
     file: str
     old: str
@@ -70,19 +70,18 @@ def _compiler() -> str:
     return compiler
 
 
-def _run(command: Sequence[str | os.PathLike[str]]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
+def _run(*command: str | Path) -> str:
+    words = [str(word) for word in command]
+    result = subprocess.run(words, capture_output=True, text=True)
     if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
+        raise RuntimeError(f"{' '.join(words)}\n{result.stderr}")
+    return result.stdout
 
 
 def _dependencies(source: Path, flags: Sequence[str]) -> list[Path]:
     """`source` and every file of the repository that it includes."""
-    command = [_compiler(), *flags, "-MM", source]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{result.stderr}")
-    files = {Path(name).resolve() for name in result.stdout.replace("\\\n", " ").split()[1:]}
+    rule = _run(_compiler(), *flags, "-MM", source)
+    files = {Path(name).resolve() for name in rule.replace("\\\n", " ").split()[1:]}
     return sorted(file for file in files if file.is_relative_to(ROOT))
 
 
@@ -123,13 +122,13 @@ def _runtime_object() -> Path:
     running = []
     for source in sources:
         objects.append(scratch.with_suffix(f".{source.stem}.o"))
-        command = [_compiler(), *_RUNTIME_FLAGS, f"-I{SIMT / 'include'}", "-c", source, "-o", objects[-1]]
+        command = [_compiler(), *_RUNTIME_FLAGS, f"-I{SIMT / 'include'}", "-c", str(source), "-o", str(objects[-1])]
         running.append((source, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
         if len(running) == os.cpu_count():
             _finish(*running.pop(0))
     for entry in running:
         _finish(*entry)
-    _run(["ld", "-r", *objects, "-o", scratch])
+    _run("ld", "-r", *objects, "-o", scratch)
     for file in objects:
         file.unlink()
     _publish(scratch, target)
@@ -170,8 +169,8 @@ def _compile(
         for patch in patches:
             patch.apply(root)
     object_file = scratch.with_suffix(".o")
-    _run([_compiler(), *flags, *_include_flags(root), "-c", root / source.relative_to(ROOT), "-o", object_file])
-    _run([_compiler(), *link, object_file, runtime, "-ldl", "-o", scratch])
+    _run(_compiler(), *flags, *_include_flags(root), "-c", root / source.relative_to(ROOT), "-o", object_file)
+    _run(_compiler(), *link, object_file, runtime, "-ldl", "-o", scratch)
     object_file.unlink()
     _publish(scratch, target)
     return target
@@ -197,8 +196,9 @@ class Library:
     ) -> dict[str, int]:
         """Calls the entry point `name` and returns the counters of its launches.
 
-        Arguments are ctypes values or tensors (passed as their address), or anything else that ctypes converts. `tensors`
-        names all the global memory that the kernels may touch: with it, an access to anything else is out of bounds.
+        Arguments are ctypes values, what ctypes converts by itself, or tensors (passed as their address). `tensors`
+        names all the global memory that the kernels may touch, each to the end of its storage: with it, an access to
+        anything else is out of bounds.
         """
         library = self._library
         library.simt_configure(ctypes.c_uint64(seed), ctypes.c_int(self.instrumented))
@@ -206,7 +206,7 @@ class Library:
         for tensor_name, tensor in (tensors or {}).items():
             num_bytes = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
             library.simt_register_global(
-                ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(num_bytes), tensor_name.encode()
+                ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(int(num_bytes)), tensor_name.encode()
             )
         library.simt_reset_counters()
         converted = [
@@ -231,6 +231,6 @@ def build(
     return Library(_compile(source, instrumented, patches, defines, ["-shared"], ".so"), instrumented)
 
 
-def build_program(source: Path, *, instrumented: bool = True) -> Path:
-    """The emulated executable of a .cu file with a main()."""
-    return _compile(source, instrumented, (), (), ["-pie"], "")
+def build_program(source: Path, *, patches: Sequence[Patch] = ()) -> Path:
+    """The emulated executable, instrumented, of a .cu file with a main(). SIMT_SEED in its environment is the seed."""
+    return _compile(source, True, patches, (), ["-pie"], "")

@@ -27,6 +27,7 @@
 #include "cuda/ptx/elect.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/max.cuh"
 #include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
@@ -369,6 +370,8 @@ __global__ void arithmetic_kernel(float* out_float, int* out_int) {
   out_float[2] = __fmaf_rd(3.0f, 0.5f, 0.25f);
   out_float[3] = __fmaf_rd(-1.0f, 1.0f, -tiny);
   out_float[4] = __fmaf_rn(tiny, 1.0f, 1.0f);
+  out_float[6] = ptx::max_nan(-2.0f, -1.0f);
+  out_float[7] = ptx::max_nan(1.0f, NAN);
   out_float[5] = __saturatef(1.5f) + __saturatef(-1.0f) + __saturatef(0.25f);
   out_int[0] = __vimax3_s32(-5, -7, -6);
   out_int[1] = __vimin3_s32(-5, -7, 6);
@@ -383,12 +386,14 @@ __global__ void arithmetic_kernel(float* out_float, int* out_int) {
 }
 
 void test_arithmetic() {
-  Buffer<float> out_float(std::vector<float>(6));
+  Buffer<float> out_float(std::vector<float>(8));
   Buffer<int> out_int(std::vector<int>(10));
   launch_kernel(arithmetic_kernel, dim3(1), dim3(32), 0, nullptr, out_float.data(), out_int.data());
+  auto got = out_float.values();
+  report("max_nan", got[6] == -1.0f && std::isnan(got[7]));
+  got.resize(6);
   const float below_one = std::nextafter(1.0f, 0.0f);
-  report("__fmaf_rd and others",
-         same_bits(out_float.values(), {1.0f, below_one, 1.75f, std::nextafter(-1.0f, -2.0f), 1.0f, 1.25f}));
+  report("__fmaf_rd and others", same_bits(got, {1.0f, below_one, 1.75f, std::nextafter(-1.0f, -2.0f), 1.0f, 1.25f}));
   report("__vimax3_s32 and others", same_bits(out_int.values(), {-5, -7, -2, 2, -1, 2, 0x7fffffff, 800 + 70 + 1, 3,
                                                                  static_cast<int>(0x80000000u)}));
 }

@@ -43,6 +43,11 @@ BROKEN = {
     "operands_overwritten": r"RACE with an asynchronous read in flight at shared offset \d+: write at",
     "different_wgmma": r"DIVERGENT wgmma at .*: warps \d and \d of a warpgroup issue different operations",
     "wgmma_never_waited_for": r"EXIT with a wgmma in flight, issued at",
+    "unknown_instruction": r"PTX at .* knows no instruction fence\.proxy\.async\.shared::block",
+    "operand_of_wrong_kind": r"PTX at .* takes the operands \[r\],\[l\],n,r, not \[l\],\[r\],n,r",
+    "operand_forgotten": r"PTX at .* operand %1 is not used",
+    "operand_missing": r"PTX at .* operand %1 does not exist",
+    "register_undeclared": r"PTX at .* \"q\" is not declared",
 }
 
 LEGAL = (

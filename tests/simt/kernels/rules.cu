@@ -348,6 +348,26 @@ __global__ void wgmma_never_waited_for(float*) {
   ptx::wgmma_commit();
 }
 
+// ---- PTX that no wrapper would hold ----
+
+__global__ void unknown_instruction(float*) { PTX("fence.proxy.async.shared::block;", (), ()); }
+
+__global__ void operand_of_wrong_kind(float* out) {
+  const uint32_t destination = ptx::shared_address(dynamic_smem());
+  PTX("cp.async.cg.shared.global [%1], [%0], 16, %2;", (), (PTX_IN_R(destination), PTX_IN_L(out), PTX_IN_R(16)));
+}
+
+__global__ void operand_forgotten(float*) {
+  const uint32_t destination = ptx::shared_address(dynamic_smem());
+  PTX("mbarrier.arrive.shared::cta.b64 _, [%0];", (), (PTX_IN_R(destination), PTX_IN_R(64)));
+}
+
+__global__ void operand_missing(float*) { PTX("bar.sync %0, %1;", (), (PTX_IN_N(1))); }
+
+__global__ void register_undeclared(float* out) {
+  PTX("{.reg .pred p;\nelect.sync _|q, 0xffffffff;\nselp.u32 %0, 1, 0, p;}", (PTX_OUT_R(out[0])), ());
+}
+
 }  // namespace
 
 #define ENTRY(kernel, threads, smem_bytes)                                                                \
@@ -394,3 +414,8 @@ ENTRY(accumulators_written, 128, 4096)
 ENTRY(operands_overwritten, 128, 4096)
 ENTRY(different_wgmma, 128, 4096)
 ENTRY(wgmma_never_waited_for, 128, 4096)
+ENTRY(unknown_instruction, 32, 0)
+ENTRY(operand_of_wrong_kind, 32, 16)
+ENTRY(operand_forgotten, 32, 16)
+ENTRY(operand_missing, 32, 0)
+ENTRY(register_undeclared, 32, 0)
