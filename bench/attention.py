@@ -91,7 +91,7 @@ def measure_shape(
                 for (peer, data), x in runners.items()
                 if peer.is_dense == is_dense
             }
-            samples |= timing.measure(functions, device=device, rounds=rounds)
+            samples |= timing.measure(functions, device=device, rounds=rounds, warmup=1 if is_dense else 2)
         for data in datas:
             of_data = {peer.name: samples[f"{peer.name}/{own}"] for peer, own in runners if own is None or own == data}
             yield Result(

@@ -25,7 +25,7 @@ from demo.plots import plot_attention, plot_training
 from demo.text import Corpus
 from demo.train import TrainingConfig, train
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SENTENCE_LENGTH = range(48, 72)
 PROMPT = b"The "
 GENERATED_BYTES, TEMPERATURE = 400, 0.7

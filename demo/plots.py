@@ -23,7 +23,7 @@ ZERO_COLOR = "white"  # an exact zero has no ink
 FUTURE_COLOR = "#dfe3e8"
 INCHES_PER_BYTE = 0.085  # of a map
 MIN_SHOWN_PROB = 1e-3
-SMOOTHING = 0.9  # of the training curves, per step
+SMOOTHING = 0.95  # of the training curves, per step
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def plot_training(path: Path, softmax: Run, entmax: Run, subtitle: str) -> None:
 
     for run, label, color in ((softmax, "softmax", SOFTMAX_COLOR), (entmax, "entmax", ENTMAX_COLOR)):
         steps = np.arange(1, len(run.train_bits) + 1)
-        loss_axis.plot(steps, run.train_bits, color=color, alpha=0.18, linewidth=0.7)
+        loss_axis.plot(steps, run.train_bits, color=color, alpha=0.15, linewidth=0.6)
         loss_axis.plot(steps, _smoothed(run.train_bits), color=color, linewidth=1.6, label=f"{label}: training")
         loss_axis.plot(
             list(run.validation_bits),
@@ -51,7 +51,7 @@ def plot_training(path: Path, softmax: Run, entmax: Run, subtitle: str) -> None:
             label=f"{label}: validation",
         )
     best = min(min(run.validation_bits.values()) for run in (softmax, entmax))
-    loss_axis.set_ylim(bottom=0.85 * best, top=min(8.2, 2.6 * best))
+    loss_axis.set_ylim(bottom=0.85 * best, top=2.0 * best)
     loss_axis.set_title("Loss", fontsize=11)
     loss_axis.set_xlabel("training step")
     loss_axis.set_ylabel("bits per byte")

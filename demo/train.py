@@ -26,7 +26,7 @@ EVALUATION_WINDOWS, FINAL_WINDOWS = 4, 24  # of one context, per pool
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    steps: int = 650
+    steps: int = 560
     batch: int = 1
     context: int = 1024
     learning_rate: float = 2e-3
