@@ -14,6 +14,7 @@ VERSION = "0.1.0"
 
 SOURCES = [
     "csrc/binding.cpp",
+    "csrc/binding_entmax.cpp",
     "csrc/cpu/launch.cpp",
     # The same kernels once per instruction set; each file names its own target, so no per-file flags are needed.
     "csrc/cpu/isa/baseline.cpp",
@@ -31,6 +32,8 @@ COMPILE_FLAGS = [
     "-Wall",
     "-Wno-psabi",  # vectors cross only inlined functions, the ABI note does not concern us
     "-Wno-unknown-pragmas",
+    "-Wno-uninitialized",  # what the intrinsics headers of GCC 12 do on purpose
+    "-Wno-maybe-uninitialized",
     f'-DADASPLASH2_VERSION="{VERSION}"',
 ]
 LINK_FLAGS = ["-fopenmp"]

@@ -143,7 +143,7 @@ class StripGradientWorker {
   using Real = Accumulator<Element>;
 
  public:
-  StripGradientWorker(BackwardContext<Element>& context, const PackedPanels<Real>& keys, const PackedPanels<Real>& values)
+  StripGradientWorker(BackwardContext<Element>& context, PackedPanels<Element>& keys, PackedPanels<Element>& values)
       : context_(context), params_(context.params), keys_(keys), values_(values) {
     query_groups_.reserve(kRowBlock * params_.head_dim);
     grad_out_groups_.reserve(kRowBlock * params_.value_head_dim);
@@ -168,14 +168,15 @@ class StripGradientWorker {
     pack_groups(view.query(block.first_row), params_.query.stride_row, block.num_rows, key_dim, view.units.query_factor,
                 query_groups_.data());
     pack_groups(grad_out, params_.grad_out.stride_row, block.num_rows, value_dim, Real(1), grad_out_groups_.data());
+    const Real *keys = keys_.head(kv), *values = values_.head(kv);
     strip_.reserve(block.num_panels);
     grad_strip_.reserve(block.num_panels);
     for (int64_t first = 0; first < block.num_rows; first += strip_.rows) {
       const int64_t last = std::min(block.num_rows, first + strip_.rows);
-      score_strip(view, block, first, query_groups_.data(), keys_.head(kv), strip_);
+      score_strip(view, block, first, query_groups_.data(), keys, strip_);
       for (int64_t panel = 0; panel < block.num_panels; ++panel) {
         for (int64_t row = first; row < last; row += kTileRows) {
-          multiply_to(grad_out_groups_.data() + row / kTileRows * value_dim * kTileRows, values_.panel(kv, panel), value_dim,
+          multiply_to(grad_out_groups_.data() + row / kTileRows * value_dim * kTileRows, values + panel * values_.panel_size(), value_dim,
                       grad_strip_.row(row - first) + panel * kPanelCols, grad_strip_.stride);
         }
       }
@@ -249,7 +250,7 @@ class StripGradientWorker {
 
   BackwardContext<Element>& context_;
   const AttentionBackward& params_;
-  const PackedPanels<Real>&keys_, &values_;
+  PackedPanels<Element>&keys_, &values_;
   Buffer<Real> query_groups_, grad_out_groups_;  // packed for the scores and for dP
   Buffer<Real> query_rows_, grad_out_rows_;      // of a strip, for dK and dV
   Buffer<Real> sums_;                            // dQ of a strip
@@ -263,8 +264,7 @@ void differentiate_strips(BackwardContext<Element>& context, const std::vector<i
                           const Parallel& parallel) {
   using Real = Accumulator<Element>;
   const AttentionBackward& params = context.params;
-  const auto keys = pack_panels<Element>(params, params.key, params.head_dim, parallel);
-  const auto values = pack_panels<Element>(params, params.value, params.value_head_dim, parallel);
+  PackedPanels<Element> keys(params, params.key, params.head_dim), values(params, params.value, params.value_head_dim);
   // The number of parts follows from the shapes alone, so sums have one order.
   const int64_t num_parts = std::clamp<int64_t>((kDenseParts + context.num_kv - 1) / context.num_kv, 1, context.blocks_per_kv);
   Parallel one_at_a_time = parallel;

@@ -8,38 +8,74 @@
 
 #include "cpu/dense.h"
 #include "cpu/gather.h"
+#include "cpu/quantized_scan.h"
 #include "cpu/scan.h"
 
 namespace adasplash2::cpu::ADASPLASH2_ISA {
 
-// The keys (or values) of every kv head, packed in panels.
-template <class Real>
-struct PackedPanels {
-  Buffer<Real> data;
-  int64_t panels_per_head = 0, panel_size = 0;
-  const Real* head(int64_t kv_index) const { return data.data() + kv_index * panels_per_head * panel_size; }
-  const Real* panel(int64_t kv_index, int64_t panel) const { return head(kv_index) + panel * panel_size; }
+// The keys (or values) of every kv head in panels of float. A head is packed when it is first asked for.
+template <class Element>
+class PackedPanels {
+  using Real = Accumulator<Element>;
+
+ public:
+  PackedPanels(const AttentionProblem& problem, const Rows& matrix, int64_t depth)
+      : problem_(problem),
+        matrix_(matrix),
+        depth_(depth),
+        panels_per_head_((problem.num_keys + kPanelCols - 1) / kPanelCols),
+        is_packed_(std::make_unique<std::once_flag[]>(problem.batch * problem.num_kv_heads)) {
+    data_.reserve(problem.batch * problem.num_kv_heads * panels_per_head_ * panel_size());
+  }
+
+  int64_t panel_size() const { return depth_ * kPanelCols; }
+
+  const Real* head(int64_t kv_index) {
+    Real* data = data_.data() + kv_index * panels_per_head_ * panel_size();
+    std::call_once(is_packed_[kv_index], [&] {
+      for (int64_t panel = 0; panel < panels_per_head_; ++panel) {
+        const int64_t first = panel * kPanelCols, kv_heads = problem_.num_kv_heads;
+        pack_panel(row_pointer<Element>(matrix_, kv_index / kv_heads, kv_index % kv_heads, first), matrix_.stride_row,
+                   std::min<int64_t>(kPanelCols, problem_.num_keys - first), depth_, data + panel * panel_size());
+      }
+    });
+    return data;
+  }
+
+ private:
+  const AttentionProblem& problem_;
+  const Rows& matrix_;
+  const int64_t depth_, panels_per_head_;
+  std::unique_ptr<std::once_flag[]> is_packed_;
+  Buffer<Real> data_;
 };
 
+// The keys in both precisions of the scan.
 template <class Element>
-PackedPanels<Accumulator<Element>> pack_panels(const AttentionProblem& problem, const Rows& matrix, int64_t depth,
-                                               const Parallel& parallel) {
-  using Real = Accumulator<Element>;
-  PackedPanels<Real> packed;
-  packed.panels_per_head = (problem.num_keys + kPanelCols - 1) / kPanelCols;
-  packed.panel_size = depth * kPanelCols;
-  Real* data = packed.data.reserve(problem.batch * problem.num_kv_heads * packed.panels_per_head * packed.panel_size);
-  run_tasks(parallel, problem.batch * problem.num_kv_heads * packed.panels_per_head, [&] {
-    return [&](int64_t task) {
-      const int64_t panel = task % packed.panels_per_head, kv_index = task / packed.panels_per_head;
-      const int64_t first = panel * kPanelCols;
-      pack_panel(row_pointer<Element>(matrix, kv_index / problem.num_kv_heads, kv_index % problem.num_kv_heads, first),
-                 matrix.stride_row, std::min<int64_t>(kPanelCols, problem.num_keys - first), depth,
-                 data + task * packed.panel_size);
-    };
-  });
-  return packed;
-}
+struct ScanKeys {
+  PackedPanels<Element> panels;
+  bool is_quantized;
+  QuantizedKeys quantized;
+
+  ScanKeys(const AttentionProblem& problem, const Parallel& parallel)
+      : panels(problem, problem.key, problem.head_dim),
+        is_quantized(has_quantized_scan() && !std::is_same_v<Element, double> && problem.mask.data == nullptr &&
+                     problem.num_keys >= kQuantizedKeys && problem.head_dim <= 512) {
+    if constexpr (!std::is_same_v<Element, double>) {
+      if (!is_quantized) return;
+      quantized.reserve(problem);
+      const int64_t panels_per_head = quantized.panels_per_head;
+      run_tasks(parallel, problem.batch * problem.num_kv_heads * panels_per_head, [&] {
+        return [&](int64_t task) {
+          const int64_t kv_index = task / panels_per_head, first = task % panels_per_head * kPanelCols;
+          quantize_panel(row_pointer<Element>(problem.key, kv_index / problem.num_kv_heads, kv_index % problem.num_kv_heads, first),
+                         problem.key.stride_row, std::min<int64_t>(kPanelCols, problem.num_keys - first), problem.head_dim,
+                         task, quantized);
+        };
+      });
+    }
+  }
+};
 
 // ---- block mask -------------------------------------------------------------------------------------------------------
 
@@ -83,9 +119,10 @@ class ForwardWorker {
   using Real = Accumulator<Element>;
 
  public:
-  ForwardWorker(const AttentionForward& params, const PackedPanels<Real>& keys)
+  ForwardWorker(const AttentionForward& params, ScanKeys<Element>& keys)
       : params_(params), keys_(keys), layout_(params), lists_(std::make_unique<RowLists<Real>>()) {
     groups_.reserve(kRowBlock * params.head_dim);
+    query_row_.reserve(params.head_dim);
     out_rows_.reserve(kRowBlock * params.value_head_dim);
   }
 
@@ -102,8 +139,6 @@ class ForwardWorker {
   void run(const HeadView<Element>& view, int64_t block_index) {
     const RowBlock block(view, block_index);
     const Power<Real, kExponent> power(view.alpha);
-    pack_groups(view.query(block.first_row), params_.query.stride_row, block.num_rows, params_.head_dim,
-                view.units.query_factor, groups_.data());
     begin_block(view, block, block_index);
     if (scan(view, block, power)) {
       for (int64_t row = 0; row < block.num_rows; ++row) finish_row(view, block, row, power);
@@ -144,10 +179,51 @@ class ForwardWorker {
   bool scan(const HeadView<Element>& view, const RowBlock& block, const Power<Real, kExponent>& power) {
     lists_->reset(block.num_rows);
     const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
+    is_exact_ = !quantize(view, block, kv_index);
+    const Real* packed_keys = is_exact_ ? pack(view, block, kv_index) : nullptr;
     for (int64_t panel = block.num_panels - 1; panel >= 0; --panel) {
-      scan_panel(view, block, groups_.data(), keys_.panel(kv_index, panel), panel, power, *lists_);
+      if constexpr (!std::is_same_v<Real, double>) {
+        if (!is_exact_) {
+          scan_panel_quantized(view, block, quantized_queries_, keys_.quantized, kv_index, panel, power, *lists_);
+          continue;
+        }
+      }
+      scan_panel(view, block, groups_.data(), packed_keys + panel * keys_.panels.panel_size(), panel, power, *lists_);
     }
     return true;
+  }
+
+  // The block's queries and the head's keys in float.
+  const Real* pack(const HeadView<Element>& view, const RowBlock& block, int64_t kv_index) {
+    pack_groups(view.query(block.first_row), params_.query.stride_row, block.num_rows, params_.head_dim,
+                view.units.query_factor, groups_.data());
+    return keys_.panels.head(kv_index);
+  }
+
+  bool quantize(const HeadView<Element>& view, const RowBlock& block, int64_t kv_index) {
+    if constexpr (!std::is_same_v<Real, double>) {
+      if (!keys_.is_quantized) return false;
+      float norm = 0, residual_norm = 0;
+      for (int64_t panel = 0; panel < block.num_panels; ++panel) {
+        const int64_t index = kv_index * keys_.quantized.panels_per_head + panel;
+        norm = std::max(norm, keys_.quantized.norm[index]);
+        const float residual = keys_.quantized.residual_norm[index];
+        residual_norm = residual <= residual_norm ? residual_norm : residual;  // NaN gets through
+      }
+      if (!quantize_queries(view, block, norm, residual_norm, quantized_queries_)) return false;
+      for (int64_t row = 0; row < block.num_rows; ++row) lists_->margin[row] = 2 * quantized_queries_.epsilon[row];
+      return true;
+    }
+    return false;
+  }
+
+  // The true scores of a row's candidates.
+  void score_candidates(const HeadView<Element>& view, const RowBlock& block, int64_t row) {
+    const int64_t dim = params_.head_dim;
+    const Element* query = view.query(block.first_row + row);
+    for (int64_t d = 0; d < dim; d += kLanes<Real>) store(query_row_.data() + d, load(query + d) * view.units.query_factor);
+    const MatrixView<Element> keys{view.key(0), params_.key.stride_row};
+    gather_dot(query_row_.data(), keys, dim, lists_->column[row], lists_->size[row], lists_->score[row]);
   }
 
   template <Exponent kExponent>
@@ -165,11 +241,12 @@ class ForwardWorker {
       set_row(row, 0, kInfinity<Real>, unit, 0);
       return;
     }
+    if (!is_exact_) score_candidates(view, block, row);
     pad(score, size);
     const Real score_max = list_max(score, size).max;
     for (int64_t j = 0; j < size; j += kLanes<Real>) store(score + j, load(score + j) - score_max);
     pad(score, size);
-    const Real start = std::max(lists_->lower[row] - score_max, -1 / unit);
+    const Real start = std::max(lists_->lower[row] + lists_->margin[row] / 2 - score_max, -1 / unit);
     const Real tau_shifted = list_tau(power, score, size, start, unit);
     size = list_keep_above(score, column, size, tau_shifted);
     lists_->size[row] = static_cast<int32_t>(size);
@@ -206,12 +283,12 @@ class ForwardWorker {
 
   template <Exponent kExponent>
   void run_strips(const HeadView<Element>& view, const RowBlock& block, const Power<Real, kExponent>& power) {
-    const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
+    const Real* packed_keys = pack(view, block, view.batch * params_.num_kv_heads + view.kv_head);
     const int64_t dim = params_.value_head_dim, num_cols = block.num_panels * kPanelCols;
     strip_.reserve(block.num_panels);
     for (int64_t first = 0; first < block.num_rows; first += strip_.rows) {
       const int64_t last = std::min(block.num_rows, first + strip_.rows);
-      score_strip(view, block, first, groups_.data(), keys_.head(kv_index), strip_);
+      score_strip(view, block, first, groups_.data(), packed_keys, strip_);
       for (int64_t row = first; row < last; ++row) {
         solve_strip_row(view, block, row, strip_.row(row - first), num_cols, power);
       }
@@ -260,9 +337,12 @@ class ForwardWorker {
   }
 
   const AttentionForward& params_;
-  const PackedPanels<Real>& keys_;
+  ScanKeys<Element>& keys_;
   const SupportLayout layout_;
+  QuantizedQueries quantized_queries_;
+  bool is_exact_ = true;  // the lists hold scores, not candidates by quantised scores
   Buffer<Real> groups_;    // the block's queries, packed
+  Buffer<Real> query_row_;
   Buffer<Real> out_rows_;  // [kRowBlock, Dv]
   std::unique_ptr<RowLists<Real>> lists_;
   Strip<Real> strip_;
@@ -277,7 +357,7 @@ class ForwardWorker {
 
 template <class Element>
 void forward_typed(const AttentionForward& params, const Parallel& parallel) {
-  const auto keys = pack_panels<Element>(params, params.key, params.head_dim, parallel);
+  ScanKeys<Element> keys(params, parallel);
   const int64_t num_tasks = params.batch * params.num_heads * SupportLayout(params).blocks_per_head;
   run_tasks(parallel, num_tasks, [&] { return ForwardWorker<Element>(params, keys); });
 }

@@ -79,6 +79,11 @@ struct MaskPanel {
   alignas(64) Real bias[kPanelCols];  // in units of u, where has_bias
 };
 
+// Bit per key of the first `count` keys of a panel (count may be anything).
+inline uint64_t allowed_keys(int64_t count) {
+  return count >= kPanelCols ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1;
+}
+
 template <class Real, class MaskElement>
 ADASPLASH2_INLINE void load_bias(const MaskElement* mask, int64_t stride_col, int count, Real factor, Real* bias) {
   for (int j = 0; j < count; ++j) bias[j] = factor * static_cast<Real>(load_one(mask + j * stride_col));
@@ -88,7 +93,7 @@ template <class Element>
 void load_mask_panel(const HeadView<Element>& view, int64_t row, int64_t first_key, int64_t key_end,
                      MaskPanel<Accumulator<Element>>& panel) {
   const int count = static_cast<int>(std::clamp<int64_t>(key_end - first_key, 0, kPanelCols));
-  panel.allowed = count == kPanelCols ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+  panel.allowed = allowed_keys(count);
   panel.has_bias = false;
   const Mask& mask = view.problem.mask;
   if (mask.data == nullptr || count == 0) return;

@@ -90,6 +90,7 @@ template <class Real>
 struct RowLists {
   // One element per row of the block.
   alignas(64) Real lower[kRowBlock];  // scores at and below it are out for good
+  Real margin[kRowBlock];             // how much lower than the bound on tau: 2 eps where scores are off by up to eps
   int32_t size[kRowBlock];
   int32_t limit[kRowBlock];  // prune when size reaches it
   int32_t capacity[kRowBlock];
@@ -107,6 +108,7 @@ struct RowLists {
     for (int64_t row = 0; row < num_padded; ++row) {
       if (score_[row].size() == 0) allocate(row, kFirstCapacity);
       lower[row] = row < num_rows ? -kInfinity<Real> : kInfinity<Real>;  // rows past the end take nothing but NaN
+      margin[row] = 0;
       size[row] = 0;
       limit[row] = 1;
       is_poisoned[row] = false;
@@ -153,14 +155,14 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
     lists.limit[row] = kPanelCols;
     return;
   }
-  Real t = std::max(lists.lower[row], top.max - 1 / unit);
+  Real t = std::max(lists.lower[row] + lists.margin[row], top.max - 1 / unit);
   const Sums<Real> sums = list_sums(power, score, size, t, unit);
   if (sums.prob > 1 && sums.weight > 0) t += power.norm_step(sums.prob, sums.weight) / unit;
   // Rounding: the sums of n terms are right to (n / lanes + 8) ulp, t itself to one. What the margin keeps too much is
   // dropped at the end; what it could lose would have a gap of this size.
   constexpr Real kUlp = std::numeric_limits<Real>::epsilon();
   t -= kUlp * ((8 + static_cast<Real>(size) / kLanes<Real>) / unit + 2 * std::fabs(t));
-  lists.lower[row] = std::max(lists.lower[row], t);
+  lists.lower[row] = std::max(lists.lower[row], t - lists.margin[row]);
   const int32_t kept = static_cast<int32_t>(list_keep_above(score, lists.column[row], size, lists.lower[row]));
   lists.size[row] = kept;
   lists.entries_appended -= kept;

@@ -1,0 +1,250 @@
+// The scan in 8-bit integers, for AVX-512 machines with VNNI: four times the multiplications of float.
+//
+// It only chooses candidates; their scores are then computed again from the original rows, so results are exact. With
+// q = q^ + dq and k = k^ + dk (quantised value and its true rounding residual), |<q, k> - <q^, k^>| <= eps_i with
+//
+//   eps_i = |q_i| max_j |dk_j| + |dq_i| max_j |k^_j|
+//
+// so a key whose quantised score is not above tau_lower - 2 eps_i (one eps for its score, one for the bound, which came
+// from quantised scores too) cannot be in the support. Row blocks where eps is large against the width of the window,
+// and heads with a NaN or infinite key, are scanned in float.
+#pragma once
+
+#include "cpu/scan.h"
+
+namespace adasplash2::cpu::ADASPLASH2_ISA {
+
+#if defined(ADASPLASH2_AVX512)
+inline bool has_quantized_scan() { return __builtin_cpu_supports("avx512vnni") != 0; }
+#else
+inline bool has_quantized_scan() { return false; }
+#endif
+
+constexpr int64_t kQuantizedKeys = 512;  // from so many keys on; below, re-scoring the candidates costs more than it saves
+constexpr float kMostMargin = 0.25f;     // largest mean of 2 eps in units of z, of the window's width 1
+
+// Keys as bytes k^ / scale + 128, [panel][D / 4][kPanelCols][4], with one scale a panel.
+struct QuantizedKeys {
+  Buffer<uint32_t> data;  // four bytes each
+  Buffer<float> scale, residual_norm, norm;  // per panel; the norms are the largest of its rows
+  int64_t panels_per_head = 0, panel_size = 0;
+
+  void reserve(const AttentionProblem& problem) {
+    panels_per_head = (problem.num_keys + kPanelCols - 1) / kPanelCols;
+    panel_size = problem.head_dim / 4 * kPanelCols;
+    const int64_t num_panels = problem.batch * problem.num_kv_heads * panels_per_head;
+    data.reserve(num_panels * panel_size);
+    scale.reserve(num_panels);
+    residual_norm.reserve(num_panels);
+    norm.reserve(num_panels);
+  }
+};
+
+// The quantised queries of a row block, groups [group][D / 4][kTileRows] of four signed bytes.
+struct QuantizedQueries {
+  Buffer<uint32_t> data;
+  alignas(64) float scale[kRowBlock];
+  alignas(64) float epsilon[kRowBlock];
+  alignas(64) int32_t offset[kRowBlock];  // 128 * sum of the row, what the keys' + 128 adds to each product
+};
+
+#if defined(ADASPLASH2_AVX512)
+
+struct QuantizedRow {
+  float scale, norm, residual_norm, quantized_norm;
+  int32_t sum;
+};
+
+// Rounds a row to multiples of `scale` (or of its own largest element / 127 where scale is 0).
+template <class Element>
+QuantizedRow quantize_row(const Element* row, int64_t dim, float factor, float scale, int8_t* quantized) {
+  if (scale == 0) {
+    Vector<float> largest = {};
+    for (int64_t d = 0; d < dim; d += 16) largest = max<float>(largest, (Vector<float>)_mm512_abs_ps((__m512)(load(row + d) * factor)));
+    scale = std::max(reduce_max<float>(largest) / 127, std::numeric_limits<float>::min());
+  }
+  const float inverse = 1 / scale;
+  Vector<float> norm = {}, residual_norm = {}, quantized_norm = {};
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t d = 0; d < dim; d += 16) {
+    const Vector<float> x = load(row + d) * factor;
+    const __m512i rounded = _mm512_cvtps_epi32((__m512)(x * inverse));
+    const __m128i bytes = _mm512_cvtsepi32_epi8(rounded);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(quantized + d), bytes);
+    const __m512i kept = _mm512_cvtepi8_epi32(bytes);
+    const Vector<float> value = (Vector<float>)_mm512_cvtepi32_ps(kept) * scale, residual = x - value;
+    sum = _mm512_add_epi32(sum, kept);
+    norm += x * x;
+    residual_norm += residual * residual;
+    quantized_norm += value * value;
+  }
+  return {scale, std::sqrt(reduce_add<float>(norm)), std::sqrt(reduce_add<float>(residual_norm)),
+          std::sqrt(reduce_add<float>(quantized_norm)), _mm512_reduce_add_epi32(sum)};
+}
+
+template <class Element>
+void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t dim, int64_t index, QuantizedKeys& keys) {
+  uint32_t* out = keys.data.data() + index * keys.panel_size;
+  Vector<float> largest = {};
+  for (int64_t row = 0; row < count; ++row) {
+    for (int64_t d = 0; d < dim; d += 16) {
+      largest = max<float>(largest, (Vector<float>)_mm512_abs_ps((__m512)load(first_row + row * stride_row + d)));
+    }
+  }
+  const float scale = std::max(reduce_max<float>(largest) / 127, std::numeric_limits<float>::min());
+  float norm = 0, residual_norm = 0;
+  constexpr int64_t kMostBytes = 1024;
+  alignas(64) int8_t bytes[kMostBytes];
+  for (int64_t col = 0; col < kPanelCols; ++col) {
+    std::memset(bytes, 0, dim);
+    if (col < count) {
+      const QuantizedRow row = quantize_row(first_row + col * stride_row, dim, 1.0f, scale, bytes);
+      norm = std::max(norm, row.quantized_norm);
+      // NaN must get through the maximum.
+      residual_norm = row.residual_norm <= residual_norm ? residual_norm : row.residual_norm;
+    }
+    for (int64_t d = 0; d < dim; d += 4) {
+      uint32_t four;
+      std::memcpy(&four, bytes + d, sizeof(four));
+      out[d / 4 * kPanelCols + col] = four ^ 0x80808080u;
+    }
+  }
+  keys.scale[index] = scale;
+  keys.norm[index] = norm;
+  keys.residual_norm[index] = residual_norm;
+}
+
+// False if the margin of these rows is too wide (or not a number): scan them in float.
+template <class Element>
+bool quantize_queries(const HeadView<Element>& view, const RowBlock& block, float key_norm, float key_residual_norm,
+                      QuantizedQueries& queries) {
+  const int64_t dim = view.problem.head_dim;
+  uint32_t* data = queries.data.reserve(kRowBlock * dim / 4);
+  constexpr int64_t kMostBytes = 1024;
+  alignas(64) int8_t bytes[kMostBytes];
+  float total = 0;
+  for (int64_t row = 0; row < block.num_groups() * kTileRows; ++row) {
+    std::memset(bytes, 0, dim);
+    queries.scale[row] = 1;
+    queries.epsilon[row] = 0;
+    queries.offset[row] = 0;
+    if (row < block.num_rows) {
+      const QuantizedRow quantized = quantize_row(view.query(block.first_row + row), dim, view.units.query_factor, 0.0f, bytes);
+      queries.scale[row] = quantized.scale;
+      queries.offset[row] = 128 * quantized.sum;
+      // The last term covers the rounding of these numbers and of both scores to float.
+      queries.epsilon[row] = quantized.norm * key_residual_norm + quantized.residual_norm * key_norm +
+                             1e-5f * (quantized.norm + quantized.residual_norm) * (key_norm + key_residual_norm);
+      total += queries.epsilon[row];
+    }
+    for (int64_t d = 0; d < dim; d += 4) {
+      std::memcpy(data + (row / kTileRows * (dim / 4) + d / 4) * kTileRows + row % kTileRows, bytes + d, 4);
+    }
+  }
+  return 2 * total * view.units.unit <= kMostMargin * block.num_rows;
+}
+
+// What turns the row's integer sums into hits and scores, for one panel.
+struct QuantizedThresholds {
+  // acc starts at start[row]; it ends >= 0 where the score is above lower, and score = factor * (acc + base).
+  alignas(64) int32_t start[kRowBlock], base[kRowBlock];
+  alignas(64) float factor[kRowBlock];
+
+  void set(const float* lower, const QuantizedQueries& queries, float key_scale, int64_t num_rows) {
+    const __m512 most = _mm512_set1_ps(1 << 29);  // sums stay below 127 * 255 * D < 2^25, so this never overflows
+    for (int64_t row = 0; row < num_rows; row += 16) {
+      const __m512 scale = _mm512_mul_ps(_mm512_load_ps(queries.scale + row), _mm512_set1_ps(key_scale));
+      const __m512 bound = _mm512_div_ps(_mm512_load_ps(lower + row), scale);
+      const __m512 clamped = _mm512_max_ps(_mm512_min_ps(bound, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
+      const __m512i below = _mm512_cvt_roundps_epi32(clamped, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+      const __m512i first = _mm512_add_epi32(below, _mm512_set1_epi32(1));
+      _mm512_store_si512(base + row, first);
+      _mm512_store_si512(start + row, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(first, _mm512_load_si512(queries.offset + row))));
+      _mm512_store_ps(factor + row, scale);
+    }
+  }
+};
+
+template <bool kEdited>
+__attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const uint32_t* panel, int64_t depth, int32_t first_key,
+                                                    int64_t first_row, const QuantizedThresholds& thresholds,
+                                                    const uint64_t* allowed, RowLists<float>& lists) {
+  __m512i acc[kTileRows][4];
+#pragma GCC unroll 6
+  for (int row = 0; row < kTileRows; ++row) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) acc[row][v] = _mm512_set1_epi32(thresholds.start[first_row + row]);
+  }
+  for (int64_t d = 0; d < depth; ++d) {
+    __m512i key[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) key[v] = _mm512_load_si512(panel + d * kPanelCols + v * 16);
+#pragma GCC unroll 6
+    for (int row = 0; row < kTileRows; ++row) {
+      const __m512i query = _mm512_set1_epi32(static_cast<int32_t>(group[d * kTileRows + row]));
+#pragma GCC unroll 4
+      // Not the intrinsic: GCC 12 spills the accumulators around it. (Unsigned keys, signed queries.)
+      for (int v = 0; v < 4; ++v) asm("vpdpbusd %2, %1, %0" : "+v"(acc[row][v]) : "v"(key[v]), "v"(query));
+    }
+  }
+#pragma GCC unroll 6
+  for (int row = 0; row < kTileRows; ++row) {
+    // Negative in every lane: no hit among 64 keys.
+    const __m512i all = _mm512_and_si512(_mm512_and_si512(acc[row][0], acc[row][1]), _mm512_and_si512(acc[row][2], acc[row][3]));
+    if (_mm512_movepi32_mask(all) == 0xffff) continue;
+    int32_t size = lists.size[first_row + row];
+    float* score = lists.score[first_row + row];
+    int32_t* column = lists.column[first_row + row];
+    const __m512i base = _mm512_set1_epi32(thresholds.base[first_row + row]);
+    const __m512 factor = _mm512_set1_ps(thresholds.factor[first_row + row]);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      uint32_t hits = static_cast<uint16_t>(~_mm512_movepi32_mask(acc[row][v]));
+      if constexpr (kEdited) hits &= static_cast<uint32_t>(allowed[row] >> (16 * v));
+      const __m512 scores = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(acc[row][v], base)), factor);
+      size += append_compressed<float>(score + size, column + size, hits & 0xffff, (Vector<float>)scores, first_key + 16 * v);
+    }
+    lists.size[first_row + row] = size;
+  }
+}
+
+template <class Element, Exponent kExponent>
+void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, const QuantizedQueries& queries,
+                          const QuantizedKeys& keys, int64_t kv_index, int64_t panel, const Power<float, kExponent>& power,
+                          RowLists<float>& lists) {
+  const int64_t depth = view.problem.head_dim / 4, index = kv_index * keys.panels_per_head + panel;
+  const uint32_t* packed_panel = keys.data.data() + index * keys.panel_size;
+  const int32_t first_key = static_cast<int32_t>(panel * kPanelCols);
+  QuantizedThresholds thresholds;
+  thresholds.set(lists.lower, queries, keys.scale[index], block.num_groups() * kTileRows);
+  for (int64_t group = 0; group < block.num_groups(); ++group) {
+    const uint32_t* rows = queries.data.data() + group * depth * kTileRows;
+    const RowBlock::View seen = block.group_view(group, panel, /*has_mask=*/false);
+    if (seen == RowBlock::View::kNothing) continue;
+    if (seen == RowBlock::View::kEverything) {
+      scan_group_quantized<false>(rows, packed_panel, depth, first_key, group * kTileRows, thresholds, nullptr, lists);
+    } else {
+      uint64_t allowed[kTileRows];
+      for (int row = 0; row < kTileRows; ++row) allowed[row] = allowed_keys(block.key_end[group * kTileRows + row] - first_key);
+      scan_group_quantized<true>(rows, packed_panel, depth, first_key, group * kTileRows, thresholds, allowed, lists);
+    }
+    for (int64_t row = group * kTileRows; row < (group + 1) * kTileRows; ++row) {
+      if (__builtin_expect(lists.size[row] >= lists.limit[row], 0)) prune(lists, row, power, view.units.unit);
+    }
+  }
+}
+
+#else
+
+// Never called: has_quantized_scan() is false.
+template <class Element>
+void quantize_panel(const Element*, int64_t, int64_t, int64_t, int64_t, QuantizedKeys&) {}
+template <class Element>
+bool quantize_queries(const HeadView<Element>&, const RowBlock&, float, float, QuantizedQueries&) { return false; }
+template <class Element, Exponent kExponent>
+void scan_panel_quantized(const HeadView<Element>&, const RowBlock&, const QuantizedQueries&, const QuantizedKeys&, int64_t,
+                          int64_t, const Power<float, kExponent>&, RowLists<float>&) {}
+
+#endif
+
+}  // namespace adasplash2::cpu::ADASPLASH2_ISA
