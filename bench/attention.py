@@ -228,6 +228,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these, by the names in the table")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--name", help="part of the names of the files; default: the preset's")
     parser.add_argument("--out", type=Path, default=timing.ROOT / "build" / "bench", help="folder to write to")
     parser.add_argument("--keep", action="store_true", help="write to bench/results (clean commit only)")
     preset = parser.parse_args(arguments).preset
@@ -261,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     ]
     folder = RESULTS if options.keep else options.out
-    stem = f"{datetime.now():%Y-%m-%d}-attention-{options.preset}-{'cpu' if options.device == 'cpu' else 'gpu'}"
+    stem = f"{datetime.now():%Y-%m-%d}-attention-{options.name or options.preset}-{options.device.partition(':')[0]}"
     candidates = [peer for peer in peers(options.device) if not options.peers or peer.name in options.peers]
 
     results: list[Result] = []
