@@ -28,7 +28,10 @@ SELFTEST = "tests/simt/ptx_selftest.cu"
 BENCH = f"{PYTHON} -m bench.attention --device cuda --preset gpu"
 # One small case of every pass and of no round length: the sanitizers slow a kernel down a hundredfold.
 SMALL_CASE = f"{BENCH} --length 300 --head-dim 64 --heads 2 --live --support 30 --rounds 1 --peers adasplash2"
-PROFILED_CASE = f"{BENCH} --length 16384 --head-dim 128 --causal no --live 0.1 --rounds 1 --peers adasplash2"
+PROFILED_CASE = (
+    f"{BENCH} --length 16384 --head-dim 128 --causal no --support 100 --live 0.1 --passes training --rounds 1 "
+    "--peers adasplash2"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def steps() -> list[Step]:
             "profile",
             "hardware counters of the main kernels",
             (
-                "ncu --set detailed --clock-control none --launch-count 24 --kernel-name-base demangled "
+                "ncu --set detailed --clock-control none --launch-count 32 --kernel-name-base demangled "
                 f"--kernel-name regex:{OUR_KERNELS} {PROFILED_CASE}",
             ),
             tools=("ncu",),
