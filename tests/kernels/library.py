@@ -8,8 +8,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,27 +84,32 @@ class GpuLibrary:
         return {}
 
 
-def _build_for_gpu() -> GpuLibrary:
+def build_for_gpu(arch: str) -> Path:
+    """The shared library for one architecture ("90"), by nvcc; needs no GPU."""
     sources = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [*sources, *ALL_INSTANCES.parent.glob("*.[ch]*")]))
-    major, minor = torch.cuda.get_device_capability()
-    build = ROOT / "build" / "gpu" / f"{digest.hexdigest()[:16]}-{major}{minor}"
+    sources += sorted(ALL_INSTANCES.parent.glob("*.[ch]*"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    build = ROOT / "build" / "gpu" / f"{digest}-{arch}"
     target = build / "kernels.so"
-    if not target.exists():
-        build.mkdir(parents=True, exist_ok=True)
-        flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{major}{minor}", "-Xcompiler", "-fPIC"]
-        flags += ["-Xptxas", "-warn-spills", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda/device'}"]
-        instances = sorted((ROOT / "csrc/cuda/sm80/instances").glob("*.cu"))
-        units = [*instances, ROOT / "csrc/cuda/launch.cpp", ROOT / "tests/kernels/gpu.cu"]
-        objects = [build / f"{unit.stem}.o" for unit in units]
-        running = [
-            subprocess.Popen(["nvcc", *flags, "-c", str(unit), "-o", str(made)])
-            for unit, made in zip(units, objects, strict=True)
-        ]
-        if max(process.wait() for process in running) != 0:
-            raise RuntimeError("nvcc failed, see its output")
-        subprocess.run(["nvcc", "-shared", *map(str, objects), "-o", str(target)], check=True)
-    return GpuLibrary(target)
+    if target.exists():
+        return target
+    build.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{arch}", "-Xcompiler", "-fPIC", "-Xptxas", "-warn-spills"]
+    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda/device'}"]
+    units = sorted((ROOT / "csrc/cuda/sm80/instances").glob("*.cu"))
+    units += [ROOT / "csrc/cuda/launch.cpp", ROOT / "tests/kernels/gpu.cu"]
+
+    def compile_unit(unit: Path) -> str:
+        made = str(build / f"{unit.stem}.o")
+        subprocess.run(["nvcc", *flags, "-c", str(unit), "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_unit, units))
+    scratch = build / f"{os.getpid()}.so"
+    subprocess.run(["nvcc", "-shared", *objects, "-o", str(scratch)], check=True)
+    scratch.replace(target)
+    return target
 
 
 def has_gpu() -> bool:
@@ -119,10 +126,16 @@ def build(
 ) -> emulator.Library | GpuLibrary:
     if has_gpu():
         assert not patches, "seeded bugs are for the emulator"
-        return _build_for_gpu()
-    library = emulator.build(source, instrumented=instrumented, patches=patches)
-    _check_mirrors(library._library)
+        major, minor = torch.cuda.get_device_capability()
+        library: emulator.Library | GpuLibrary = GpuLibrary(build_for_gpu(f"{major}{minor}"))
+    else:
+        library = emulator.build(source, instrumented=instrumented, patches=patches)
+    _check_mirrors(_functions(library))
     return library
+
+
+def _functions(library: emulator.Library | GpuLibrary) -> ctypes.CDLL:
+    return library.library if isinstance(library, GpuLibrary) else library._library
 
 
 def _check_mirrors(library: ctypes.CDLL) -> None:
@@ -133,8 +146,7 @@ def _check_mirrors(library: ctypes.CDLL) -> None:
 
 
 def _bytes(library: emulator.Library | GpuLibrary, name: str, problem: Problem) -> int:
-    cdll = library.library if isinstance(library, GpuLibrary) else library._library
-    function = getattr(cdll, name)
+    function = getattr(_functions(library), name)
     function.restype = ctypes.c_int64
     return int(function(ctypes.byref(problem)))
 

@@ -117,6 +117,7 @@ struct RowBounds {
 
       // The row's new maximum, over the quad. NaN counts as +inf: such a row has no tau.
       float batch_max = row_max[r];
+#pragma unroll 1  // the flush is inlined in several places: small before fast
       for (int e = 0; e < num_hits[r]; ++e) {
         const float score = s_list[e * kListStride];
         batch_max = score < INFINITY ? fmaxf(batch_max, score) : INFINITY;
@@ -146,6 +147,7 @@ struct RowBounds {
       const float* s_list = s_hits + r * Config::kHitsPerList * kListStride + lane;
       uint32_t* s_row = s_histogram + row_in_warp(lane, r) * Config::kRowWords;
       const HistogramGrid grid(row_max[r], to_z);
+#pragma unroll 1  // the flush is inlined in several places: small before fast
       for (int e = 0; e < num_hits[r]; ++e) {
         const float score = s_list[e * kListStride];
         if (!(score > threshold[r])) continue;

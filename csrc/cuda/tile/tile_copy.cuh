@@ -16,13 +16,16 @@ template <int kRows, int kCols, int kThreads, typename Element>
 __device__ __forceinline__ void copy_tile_async(uint32_t s_tile, const Element* g_rows, int64_t stride_row,
                                                 int row_begin, int row_end, int num_cols) {
   using Tile = SwizzledTile<kCols>;
-  constexpr int kChunks = kRows * Tile::kChunksPerRow;
-  static_assert(kChunks % kThreads == 0 || kChunks < kThreads, "every thread copies equally many chunks");
+  constexpr int kRowsPerStep = kThreads / Tile::kChunksPerRow;
+  static_assert(kThreads % Tile::kChunksPerRow == 0 && kRows % kRowsPerStep == 0, "every thread copies equally much");
+  const int first_row = threadIdx.x / Tile::kChunksPerRow, chunk = threadIdx.x % Tile::kChunksPerRow;
+  const bool is_col_there = chunk * kChunkElements < num_cols;
+  const Element* g_chunk = g_rows + (row_begin + first_row) * stride_row + chunk * kChunkElements;
 #pragma unroll
-  for (int i = threadIdx.x; i < kChunks; i += kThreads) {
-    const int row = i / Tile::kChunksPerRow, chunk = i % Tile::kChunksPerRow;
-    const bool is_there = row_begin + row < row_end && chunk * kChunkElements < num_cols;
-    const Element* source = g_rows + (is_there ? (row_begin + row) * stride_row + chunk * kChunkElements : 0);
+  for (int step = 0; step < kRows / kRowsPerStep; ++step) {
+    const int row = first_row + step * kRowsPerStep;
+    const bool is_there = is_col_there && row_begin + row < row_end;
+    const Element* source = is_there ? g_chunk + step * kRowsPerStep * stride_row : g_rows;
     ptx::cp_async_16(s_tile + Tile::offset(row, chunk), source, is_there ? kChunkBytes : 0);
   }
 }
