@@ -13,7 +13,7 @@ import torch
 from adasplash2 import reference
 from bench import attention, timing
 from bench.cases import DENSE, Data, Shape, make_inputs
-from bench.peers import OURS
+from bench.peers import OURS, peers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +44,14 @@ def test_a_case_is_the_same_every_time():
     first, second = (make_inputs(shape_of(128), Data(10.0, 0.2), "cpu") for _ in range(2))
     assert torch.equal(first.query, second.query)
     assert torch.equal(first.grad_out, second.grad_out)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_entmax_peers_compute_the_same(is_causal):
+    pytest.importorskip("entmax")
+    inputs = make_inputs(shape_of(128, is_causal=is_causal), Data(10.0), "cpu")
+    ours, _, dense = (peer.call(inputs.query, inputs.key, inputs.value, is_causal) for peer in peers("cpu"))
+    torch.testing.assert_close(ours, dense)
 
 
 def test_functions_take_turns_in_changing_order():
