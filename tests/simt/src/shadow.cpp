@@ -20,33 +20,35 @@ extern StackPool stacks;
 
 namespace {
 
-constexpr int kNobody = -1;
+constexpr int16_t kNobody = -1;
 
 // Lanes of one warp that accessed a cell in the same epoch: after a barrier all lanes share an epoch, so a cell that a
 // whole block reads holds one entry a warp. Stand-ins for the async proxy count as lanes of warps past the last one.
 struct Readers {
-  uint32_t lanes = 0;
-  int warp = 0;
-  Epoch epoch = 0;
-  bool is_atomic = false;
   Site site = nullptr;
+  uint32_t lanes = 0;
+  Epoch epoch = 0;
+  int16_t warp = 0;
+  bool is_atomic = false;
 };
 
-// The history of 4 bytes, or of one byte of a word that was ever accessed in part.
-struct Cell {
-  int writer = kNobody;
-  Epoch write_epoch = 0;
+// The history of 4 bytes, or of one byte of a word that was ever accessed in part. One cache line: a block's shared memory
+// has tens of thousands of these, all of them new with the block.
+struct alignas(64) Cell {
   Site write_site = nullptr;
-  Proxy write_proxy = Proxy::kGeneric;
-  bool is_write_in_flight = false;
-  bool has_atomics = false;    // among the readers
-  uint16_t async_reads = 0;    // in flight
-  int async_reader = kNobody;  // who issued the latest, and where
-  Site async_read_site = nullptr;
-  Readers readers;            // since the last write
+  Site async_read_site = nullptr;  // of the latest in flight
+  Readers readers;                 // since the last write
+  Epoch write_epoch = 0;
   uint32_t more_readers = 0;  // index + 1 into overflow, 0 = none
   uint32_t bytes = 0;         // index + 1 into split_words, 0 = not split
+  int16_t writer = kNobody;
+  int16_t async_reader = kNobody;  // who issued the latest in flight
+  uint16_t async_reads = 0;        // in flight
+  Proxy write_proxy = Proxy::kGeneric;
+  bool is_write_in_flight = false;
+  bool has_atomics = false;  // among the readers
 };
+static_assert(sizeof(Cell) == 64);
 
 std::vector<Cell> words;
 std::vector<std::array<Cell, 4>> split_words;
@@ -105,20 +107,28 @@ void for_each_readers(const Cell& cell, Function function) {
 
 void add_reader(Cell& cell, const Readers& reader, const ThreadClock* clock) {
   const auto joins = [&](Readers& entry) {
-    if (entry.warp != reader.warp || entry.epoch != reader.epoch || entry.is_atomic != reader.is_atomic) return false;
-    entry.lanes |= reader.lanes;
-    return true;
+    if (entry.warp != reader.warp || entry.is_atomic != reader.is_atomic) return false;
+    if (entry.epoch == reader.epoch) {
+      entry.lanes |= reader.lanes;
+      return true;
+    }
+    if (entry.lanes == reader.lanes) entry = reader;  // the same actor, later
+    return entry.lanes == reader.lanes;
   };
   // Whoever is ordered after the new reader is ordered after those that the new reader is ordered after.
   const auto supersedes = [&](const Readers& entry) {
     return clock != nullptr && entry.is_atomic == reader.is_atomic && unordered_reader(*clock, entry) == kNobody;
   };
   cell.has_atomics |= reader.is_atomic;
-  if (cell.readers.lanes == 0 || (cell.more_readers == 0 && supersedes(cell.readers))) {
+  if (cell.readers.lanes == 0) {
     cell.readers = reader;
     return;
   }
   if (joins(cell.readers)) return;
+  if (cell.more_readers == 0 && supersedes(cell.readers)) {
+    cell.readers = reader;
+    return;
+  }
   if (cell.more_readers == 0) {
     overflow.emplace_back();
     cell.more_readers = static_cast<uint32_t>(overflow.size());
@@ -132,7 +142,7 @@ void add_reader(Cell& cell, const Readers& reader, const ThreadClock* clock) {
 }
 
 Readers reader_entry(int actor, Epoch epoch, Site site, bool is_atomic) {
-  return {1u << actor % kWarpSize, actor / kWarpSize, epoch, is_atomic, site};
+  return {site, 1u << actor % kWarpSize, epoch, static_cast<int16_t>(actor / kWarpSize), is_atomic};
 }
 
 void check_ordered_after_write(const Thread& thread, const Cell& cell, uint32_t address, Site site, const char* verb) {
@@ -172,7 +182,7 @@ void check_ordered_after_readers(const Thread& thread, const Cell& cell, uint32_
 }
 
 void set_writer(Cell& cell, int actor, Epoch epoch, Site site, Proxy proxy) {
-  cell.writer = actor;
+  cell.writer = static_cast<int16_t>(actor);
   cell.write_epoch = epoch;
   cell.write_site = site;
   cell.write_proxy = proxy;
@@ -330,7 +340,7 @@ void begin_async_read(const Thread& issuer, uint32_t address, uint32_t bytes, Si
     check_is_written(cell, at, site);
     check_fenced(issuer, cell, at, site, "asynchronous read");
     ++cell.async_reads;
-    cell.async_reader = issuer.index;
+    cell.async_reader = static_cast<int16_t>(issuer.index);
     cell.async_read_site = site;
   });
 }
