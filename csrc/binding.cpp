@@ -4,7 +4,6 @@
 //   attention_forward    the forward kernels, with everything the backward pass wants saved
 //   attention_backward   the backward kernels
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/autocast_mode.h>
 #include <pybind11/pybind11.h>
@@ -22,6 +21,7 @@
 #include "check_tensor.h"
 #include "cpu/support_layout.h"
 #include "error.h"
+#include "torch_threads.h"
 
 namespace adasplash2 {
 namespace {
@@ -29,14 +29,6 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-Parallel torch_threads() {
-  return {at::get_num_threads(), [](int num_threads, const std::function<void(int)>& body) {
-            at::parallel_for(0, num_threads, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) body(static_cast<int>(i));
-            });
-          }};
-}
 
 // Zeros whose pages are committed as they are written: the support buffer is sized for the worst case that is still
 // saved, so its shape does not depend on the data, but it costs only the memory of the support that there is.
@@ -46,6 +38,7 @@ Tensor lazily_committed(int64_t bytes) {
   if (bytes < kWorthMapping) return at::zeros({bytes}, options);
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   TORCH_CHECK(data != MAP_FAILED, "adasplash2: could not map ", bytes, " bytes for the saved support");
+  madvise(data, bytes, MADV_NOHUGEPAGE);  // a huge page would commit (and clear) many row blocks' regions at once
   return at::from_blob(data, {bytes}, [bytes](void* mapped) { munmap(mapped, bytes); }, options);
 }
 
@@ -249,9 +242,11 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const auto optional = [&](int index) { return saved[index].defined() ? OptionalTensor(saved[index]) : std::nullopt; };
+    // The inputs of needs_input_grad are numbered without the optional ones that are absent.
+    const size_t alpha_input = 3 + saved[3].defined() + saved[4].defined();
     const std::array<bool, 5> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                                      saved[3].defined() && ctx->needs_input_grad(3),
-                                     saved[5].defined() && ctx->needs_input_grad(5)};
+                                     saved[5].defined() && ctx->needs_input_grad(alpha_input)};
     const auto [grad_query, grad_key, grad_value, grad_mask, grad_alpha] = attention_backward(
         grads[0], saved[0], saved[1], saved[2], optional(3), optional(4), optional(5), saved[6], saved[7],
         ctx->saved_data["alpha"].toDouble(), ctx->saved_data["scale"].toDouble(), ctx->saved_data["is_causal"].toBool(), wanted);

@@ -306,83 +306,143 @@ struct Chunk {
   int64_t num_entries;
 };
 
-// What the row step files under the keys, for the chunks of one wave.
+// What the row step files under a key.
+template <class Real>
+struct Entry {
+  int32_t row;  // of the query head
+  Real prob, grad_score;
+};
+
+// The entries of the chunks of one wave.
 template <class Real>
 struct FiledEntries {
-  Buffer<int32_t> row;  // of the query head
-  Buffer<Real> prob, grad_score;
+  Buffer<Entry<Real>> data;
   Buffer<int32_t> count;  // [chunk][Nk]; then where the chunk's next entry of the key goes; in the end where they end
 };
+
+// Rows with long lists are taken by ranges of keys, so that the rows of K and V that a block gathers stay in the cache
+// from one row to the next; a range should still have this many entries of a row, to fill the vectors of its products.
+constexpr int64_t kEntriesPerRange = 32;
+constexpr int64_t kKeysPerRange = 512;  // at least
 
 template <class Element>
 class RowStepWorker {
   using Real = Accumulator<Element>;
 
  public:
-  RowStepWorker(BackwardContext<Element>& context, FiledEntries<Real>& filed) : context_(context), filed_(filed) {
-    widened_.reserve(std::max(context.params.head_dim, context.params.value_head_dim));
-    const int64_t most = std::min(context.params.num_keys, context.layout.block_capacity) + kLanes<Real>;
-    gap_.reserve(most);
+  RowStepWorker(BackwardContext<Element>& context, FiledEntries<Real>& filed) : context_(context), params_(context.params), filed_(filed) {
+    grad_out_.reserve(kRowBlock * params_.value_head_dim);
+    grad_query_.reserve(kRowBlock * params_.head_dim);
+    const int64_t most = context.layout.block_capacity + kRowBlock * 2 * kLanes<Real>;
+    prob_.reserve(most);
     grad_.reserve(most);
   }
 
   void operator()(const Chunk& chunk, int32_t* next, int64_t first_entry) {
     const HeadView<Element> view = context_.view(chunk.kv, chunk.first_block);
+    Entry<Real>* entries = filed_.data.data() + first_entry;
     with_power(view.alpha, [&](auto exponent) {
       const Power<Real, exponent> power(view.alpha);
       for (int64_t block = chunk.first_block; block < chunk.last_block; ++block) {
-        if (context_.is_saved(chunk.kv, block)) run(view, chunk.kv, block, next, first_entry, power);
+        if (context_.is_saved(chunk.kv, block)) run(view, chunk.kv, block, next, entries, power);
       }
     });
   }
 
  private:
-  template <Exponent kExponent>
-  void run(const HeadView<Element>& view, int64_t kv, int64_t block_of_kv, int32_t* next, int64_t first_entry,
-           const Power<Real, kExponent>& power) {
-    const AttentionBackward& params = context_.params;
-    const SupportLayout& layout = context_.layout;
-    const char* saved = context_.region(kv, block_of_kv) + SupportLayout::kHeaderBytes;
-    const int64_t first_row = block_of_kv % layout.blocks_per_head * kRowBlock;
-    const int64_t last_row = std::min(params.num_queries, first_row + kRowBlock);
-    const MatrixView<Element> keys{view.key(0), params.key.stride_row}, values{view.value(0), params.value.stride_row};
-    const RowGradient<Real, kExponent> gradient{power, view.alpha};
-    for (int64_t row = first_row; row < last_row; ++row) {
-      const int64_t row_index = context_.row_index(view, row), size = params.support_size[row_index];
-      const Real* saved_gap = reinterpret_cast<const Real*>(saved);
-      const int32_t* column = reinterpret_cast<const int32_t*>(saved + size * layout.real_bytes);
-      saved += size * layout.entry_bytes();
-      std::memcpy(gap_.data(), saved_gap, size * sizeof(Real));
-      fill_row(gap_.data() + size, kLanes<Real>, Real(0));
-      widen_row(row_pointer<Element>(params.grad_out, view.batch, view.head, row), params.value_head_dim, widened_.data());
-      gather_dot(widened_.data(), values, params.value_head_dim, column, size, grad_.data());
-      if (params.grad_alpha != nullptr) {
-        context_.alpha_rows[row_index] = gradient.gradient_by_alpha(gap_.data(), grad_.data(), size);
-      }
-      gradient(gap_.data(), grad_.data(), size);  // now prob and dS
-      if (params.grad_query.data != nullptr) {
-        gather_sum<false>(keys, params.head_dim, column, grad_.data(), size, widened_.data());
-        context_.write_grad_query(view, row, widened_.data());
-      }
-      if (next != nullptr) {
-        for (int64_t j = 0; j < size; ++j) {
-          const int64_t entry = first_entry + next[column[j]]++;
-          filed_.row[entry] = static_cast<int32_t>(row);
-          filed_.prob[entry] = gap_[j];
-          filed_.grad_score[entry] = grad_[j];
-        }
-      }
-      if (context_.wants_mask() && params.mask.stride_row != 0) {
-        Real* grad_mask = context_.grad_mask_row(view, row);
-        for (int64_t j = 0; j < size; ++j) grad_mask[column[j] * params.mask.stride_col] += grad_[j];
+  // A row's saved list, the part of it that is done, and where its prob and dS lie in prob_ and grad_.
+  struct Row {
+    const Real* gap;
+    const int32_t* column;
+    int64_t size, done, offset;
+  };
+
+  // function(row of the block, its first entry, number of entries), ranges of keys from the last to the first (the order
+  // in which the scan left them), rows in order within a range.
+  template <class Function>
+  void for_ranges(int64_t num_rows, int64_t num_entries, Function function) {
+    const int64_t fitting = num_entries / (num_rows * kEntriesPerRange);
+    const int64_t num_ranges = std::clamp<int64_t>(fitting, 1, (params_.num_keys + kKeysPerRange - 1) / kKeysPerRange);
+    const int64_t num_panels = (params_.num_keys + kPanelCols - 1) / kPanelCols;
+    for (int64_t row = 0; row < num_rows; ++row) rows_[row].done = 0;
+    for (int64_t range = num_ranges - 1; range >= 0; --range) {
+      const int32_t first_key = static_cast<int32_t>(num_panels * range / num_ranges * kPanelCols);
+      for (int64_t row = 0; row < num_rows; ++row) {
+        Row& list = rows_[row];
+        const int64_t begin = list.done;
+        if (range == 0) list.done = list.size;
+        while (list.done < list.size && list.column[list.done] >= first_key) ++list.done;
+        if (list.done > begin) function(row, begin, list.done - begin);
       }
     }
   }
 
+  template <Exponent kExponent>
+  void run(const HeadView<Element>& view, int64_t kv, int64_t block_of_kv, int32_t* next, Entry<Real>* entries,
+           const Power<Real, kExponent>& power) {
+    const SupportLayout& layout = context_.layout;
+    const int64_t first_row = block_of_kv % layout.blocks_per_head * kRowBlock;
+    const int64_t num_rows = std::min(kRowBlock, params_.num_queries - first_row);
+    const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
+    const MatrixView<Element> keys{view.key(0), params_.key.stride_row}, values{view.value(0), params_.value.stride_row};
+    const RowGradient<Real, kExponent> gradient{power, view.alpha};
+
+    const char* saved = context_.region(kv, block_of_kv) + SupportLayout::kHeaderBytes;
+    int64_t num_entries = 0, offset = 0;
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const int64_t size = params_.support_size[context_.row_index(view, first_row + row)];
+      rows_[row] = {reinterpret_cast<const Real*>(saved), reinterpret_cast<const int32_t*>(saved + size * layout.real_bytes),
+                    size, 0, offset};
+      saved += size * layout.entry_bytes();
+      num_entries += size;
+      offset += size + kLanes<Real>;  // products are written up to a vector past a range's end
+      widen_row(row_pointer<Element>(params_.grad_out, view.batch, view.head, first_row + row), value_dim,
+                grad_out_.data() + row * value_dim);
+    }
+
+    // dP on the support; what a range writes past its end is overwritten by the next one.
+    for_ranges(num_rows, num_entries, [&](int64_t row, int64_t begin, int64_t count) {
+      gather_dot(grad_out_.data() + row * value_dim, values, value_dim, rows_[row].column + begin, count,
+                 grad_.data() + rows_[row].offset + begin);
+    });
+    for (int64_t row = 0; row < num_rows; ++row) {
+      const Row& list = rows_[row];
+      Real *prob = prob_.data() + list.offset, *grad = grad_.data() + list.offset;
+      std::memcpy(prob, list.gap, list.size * sizeof(Real));
+      fill_row(prob + list.size, kLanes<Real>, Real(0));
+      if (params_.grad_alpha != nullptr) {
+        context_.alpha_rows[context_.row_index(view, first_row + row)] = gradient.gradient_by_alpha(prob, grad, list.size);
+      }
+      gradient(prob, grad, list.size);  // now prob and dS
+      if (context_.wants_mask() && params_.mask.stride_row != 0) {
+        Real* grad_mask = context_.grad_mask_row(view, first_row + row);
+        for (int64_t j = 0; j < list.size; ++j) grad_mask[list.column[j] * params_.mask.stride_col] += grad[j];
+      }
+    }
+    std::fill_n(grad_query_.data(), num_rows * key_dim, Real(0));
+    for_ranges(num_rows, num_entries, [&](int64_t row, int64_t begin, int64_t count) {
+      const int32_t* column = rows_[row].column + begin;
+      const Real *prob = prob_.data() + rows_[row].offset + begin, *grad = grad_.data() + rows_[row].offset + begin;
+      if (params_.grad_query.data != nullptr) {
+        gather_sum<true>(keys, key_dim, column, grad, count, grad_query_.data() + row * key_dim);
+      }
+      if (next == nullptr) return;
+      for (int64_t j = 0; j < count; ++j) {
+        entries[next[column[j]]++] = {static_cast<int32_t>(first_row + row), prob[j], grad[j]};
+      }
+    });
+    if (params_.grad_query.data == nullptr) return;
+    for (int64_t row = 0; row < num_rows; ++row) {
+      context_.write_grad_query(view, first_row + row, grad_query_.data() + row * key_dim);
+    }
+  }
+
   BackwardContext<Element>& context_;
+  const AttentionBackward& params_;
   FiledEntries<Real>& filed_;
-  Buffer<Real> widened_;  // a row of dO, then of dQ
-  Buffer<Real> gap_, grad_;
+  Row rows_[kRowBlock];
+  Buffer<Real> grad_out_, grad_query_;  // [kRowBlock, Dv], [kRowBlock, D]
+  Buffer<Real> prob_, grad_;            // of the block's entries
 };
 
 // The chunks [first, last) that one kv head has in a wave, and where its entries lie.
@@ -407,21 +467,19 @@ class ListGradients {
     if (!context_.wants_keys() && !context_.wants_mask()) return run_rows(parts, /*files_entries=*/false);
     int64_t num_entries = 0;
     for (int64_t i = 0; i < num_chunks_; ++i) num_entries += chunks_[first_chunk_ + i].num_entries;
-    filed_.row.reserve(num_entries);
-    filed_.prob.reserve(num_entries);
-    filed_.grad_score.reserve(num_entries);
+    filed_.data.reserve(num_entries);
     filed_.count.reserve(num_chunks_ * num_keys);
     run_tasks(parallel_, num_chunks_, [&] { return [&](int64_t task) { count_columns(first_chunk_ + task); }; });
     run_tasks(parallel_, parts.size(), [&] { return [&](int64_t task) { count_to_positions(parts[task]); }; });
     run_rows(parts, /*files_entries=*/true);
+    // A key's entries of several chunks are gathered together, unless they are so many that the rows of Q and dO which one
+    // chunk names are better kept in the cache for a whole block of keys.
+    const int64_t per_key = num_entries / (num_chunks_ * num_keys);
+    const int64_t chunks_at_once = per_key >= kEntriesPerRange / 2 ? 1 : num_chunks_;
     const int64_t key_blocks = (num_keys + kKeyBlock - 1) / kKeyBlock;
     run_tasks(parallel_, parts.size() * key_blocks, [&] {
-      return [&, sums = Buffer<Real>(std::max(params_.head_dim, params_.value_head_dim))](int64_t task) mutable {
-        const WavePart& part = parts[task / key_blocks];
-        const int64_t first_key = task % key_blocks * kKeyBlock;
-        for (int64_t key = first_key; key < std::min(num_keys, first_key + kKeyBlock); ++key) {
-          sum_rows(part, key, sums.data());
-        }
+      return [&, sums = Buffer<Real>(kKeyBlock * (params_.head_dim + params_.value_head_dim))](int64_t task) mutable {
+        sum_key_block(parts[task / key_blocks], task % key_blocks * kKeyBlock, chunks_at_once, sums.data());
       };
     });
   }
@@ -468,43 +526,59 @@ class ListGradients {
     });
   }
 
-  // dK and dV of one key from the entries filed under it.
-  void sum_rows(const WavePart& part, int64_t key, Real* sums) {
-    const int64_t slot = slot_[part.kv];
-    // Where the last chunk of the previous key has ended.
-    const int64_t key_begin = part.first_entry + (key == 0 ? 0 : count(part.last_chunk - 1)[key - 1]);
-    const auto sum_all = [&](const Rows& matrix, int64_t dim, const Buffer<Real>& weight, Real* filed_sum, const Rows& grad,
-                             Real factor) {
-      if (grad.data == nullptr) return;
-      Real* out = filed_sum != nullptr ? filed_sum : sums;
-      if (filed_sum == nullptr) fill_row(out, dim, Real(0));
-      int64_t begin = key_begin;
-      for (int64_t chunk = part.first_chunk; chunk < part.last_chunk;) {
-        // The chunks of one query head together.
-        const HeadView<Element> view = context_.view(part.kv, chunks_[chunk].first_block);
-        int64_t next = chunk + 1;
-        while (next < part.last_chunk && chunks_[next].first_block % context_.layout.blocks_per_head != 0) ++next;
-        const int64_t end = part.first_entry + count(next - 1)[key];
-        const MatrixView<Element> rows{row_pointer<Element>(matrix, view.batch, view.head), matrix.stride_row};
-        gather_sum<true>(rows, dim, filed_.row.data() + begin, weight.data() + begin, end - begin, out);
-        begin = end;
-        chunk = next;
+  // Where the entries of a key from chunks before `chunk` end: the last chunk of the key before is where its own begin.
+  int64_t entries_end(const WavePart& part, int64_t chunk, int64_t key) {
+    if (chunk > part.first_chunk) return part.first_entry + count(chunk - 1)[key];
+    return part.first_entry + (key == 0 ? 0 : count(part.last_chunk - 1)[key - 1]);
+  }
+
+  // dK and dV of a block of keys from the entries filed under them.
+  void sum_key_block(const WavePart& part, int64_t first_key, int64_t chunks_at_once, Real* sums) {
+    const int64_t last_key = std::min(params_.num_keys, first_key + kKeyBlock), slot = slot_[part.kv];
+    const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
+    Real* key_sums = slot < 0 ? sums : gradients_.key(slot, first_key);
+    Real* value_sums = slot < 0 ? sums + kKeyBlock * key_dim : gradients_.value(slot, first_key);
+    if (slot < 0) std::fill_n(sums, kKeyBlock * (key_dim + value_dim), Real(0));
+    for (int64_t chunk = part.first_chunk; chunk < part.last_chunk;) {
+      // Up to chunks_at_once chunks, of one query head.
+      int64_t next = chunk + 1;
+      while (next < part.last_chunk && next - chunk < chunks_at_once &&
+             chunks_[next].first_block % context_.layout.blocks_per_head != 0) {
+        ++next;
       }
-      if (!part.is_last) return;
-      Element* to = mutable_row_pointer<Element>(grad, part.kv / params_.num_kv_heads, part.kv % params_.num_kv_heads, key);
-      for (int64_t d = 0; d < dim; d += kLanes<Real>) store(to + d, load(out + d) * factor);
-    };
-    sum_all(params_.query, params_.head_dim, filed_.grad_score, slot < 0 ? nullptr : gradients_.key(slot, key),
-            params_.grad_key, static_cast<Real>(params_.scale));
-    sum_all(params_.grad_out, params_.value_head_dim, filed_.prob, slot < 0 ? nullptr : gradients_.value(slot, key),
-            params_.grad_value, Real(1));
-    if (context_.wants_mask() && params_.mask.stride_row == 0) {
-      const HeadView<Element> view = context_.view(part.kv, chunks_[part.first_chunk].first_block);
-      const int64_t end = part.first_entry + count(part.last_chunk - 1)[key];
-      Real sum = 0;
-      for (int64_t entry = key_begin; entry < end; ++entry) sum += filed_.grad_score[entry];
-      context_.grad_mask_row(view, 0)[key * params_.mask.stride_col] += sum;
+      const HeadView<Element> view = context_.view(part.kv, chunks_[chunk].first_block);
+      const MatrixView<Element> queries{view.query(0), params_.query.stride_row};
+      const MatrixView<Element> grad_outs{row_pointer<Element>(params_.grad_out, view.batch, view.head), params_.grad_out.stride_row};
+      for (int64_t key = first_key; key < last_key; ++key) {
+        const int64_t begin = entries_end(part, chunk, key), size = entries_end(part, next, key) - begin;
+        const Entry<Real>* entries = filed_.data.data() + begin;
+        const auto row_of = [=](int64_t j) { return entries[j].row; };
+        if (params_.grad_key.data != nullptr) {
+          gather_sum<true>(queries, key_dim, size, row_of, [=](int64_t j) { return entries[j].grad_score; },
+                           key_sums + (key - first_key) * key_dim);
+        }
+        if (params_.grad_value.data != nullptr) {
+          gather_sum<true>(grad_outs, value_dim, size, row_of, [=](int64_t j) { return entries[j].prob; },
+                           value_sums + (key - first_key) * value_dim);
+        }
+        if (context_.wants_mask() && params_.mask.stride_row == 0) {
+          Real sum = 0;
+          for (int64_t j = 0; j < size; ++j) sum += entries[j].grad_score;
+          context_.grad_mask_row(view, 0)[key * params_.mask.stride_col] += sum;
+        }
+      }
+      chunk = next;
     }
+    if (!part.is_last) return;
+    const auto write = [&](const Rows& grad, int64_t dim, const Real* from, Real factor) {
+      if (grad.data == nullptr) return;
+      for (int64_t key = first_key; key < last_key; ++key, from += dim) {
+        Element* to = mutable_row_pointer<Element>(grad, part.kv / params_.num_kv_heads, part.kv % params_.num_kv_heads, key);
+        for (int64_t d = 0; d < dim; d += kLanes<Real>) store(to + d, load(from + d) * factor);
+      }
+    };
+    write(params_.grad_key, key_dim, key_sums, static_cast<Real>(params_.scale));
+    write(params_.grad_value, value_dim, value_sums, Real(1));
   }
 
   BackwardContext<Element>& context_;
@@ -547,7 +621,7 @@ std::vector<Chunk> make_chunks(const BackwardContext<Element>& context) {
 template <class Element>
 std::vector<std::vector<WavePart>> make_waves(const BackwardContext<Element>& context, const std::vector<Chunk>& chunks) {
   using Real = Accumulator<Element>;
-  const int64_t entry_bytes = sizeof(int32_t) + 2 * sizeof(Real);
+  const int64_t entry_bytes = sizeof(Entry<Real>);
   std::vector<std::vector<WavePart>> waves;
   int64_t bytes = 0, entries = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()); ++i) {

@@ -112,6 +112,13 @@ void mark_unmasked(const HeadView<Element>& view, const RowBlock& block, const B
   }
 }
 
+// ---- lists or strips --------------------------------------------------------------------------------------------------
+
+constexpr int64_t kStripPanels = 4;       // so few keys are always done in strips
+constexpr float kStripDensity = 0.12f;    // strips are faster where rows keep more than this part of their keys
+constexpr int64_t kFirstEstimate = 4;     // panels scanned before the first estimate of that part; then 8, 16, ...
+constexpr int64_t kEstimatedRows = 8;     // every so many rows are asked
+
 // ---- one task ---------------------------------------------------------------------------------------------------------
 
 template <class Element>
@@ -140,7 +147,7 @@ class ForwardWorker {
     const RowBlock block(view, block_index);
     const Power<Real, kExponent> power(view.alpha);
     begin_block(view, block, block_index);
-    if (scan(view, block, power)) {
+    if (block.num_panels > kStripPanels && scan(view, block, power)) {
       for (int64_t row = 0; row < block.num_rows; ++row) finish_row(view, block, row, power);
       if (saved_block_ != nullptr) *saved_block_ = entries_used_ <= layout_.block_capacity;
       sum_values(view, block);
@@ -181,16 +188,46 @@ class ForwardWorker {
     const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
     is_exact_ = !quantize(view, block, kv_index);
     const Real* packed_keys = is_exact_ ? pack(view, block, kv_index) : nullptr;
+    int64_t next_estimate = kFirstEstimate;
     for (int64_t panel = block.num_panels - 1; panel >= 0; --panel) {
-      if constexpr (!std::is_same_v<Real, double>) {
-        if (!is_exact_) {
-          scan_panel_quantized(view, block, quantized_queries_, keys_.quantized, kv_index, panel, power, *lists_);
-          continue;
-        }
+      scan_one(view, block, packed_keys, kv_index, panel, power);
+      const int64_t num_scanned = block.num_panels - panel;
+      if (num_scanned == next_estimate && panel > 0) {
+        if (estimated_density(view, block, num_scanned, power) > kStripDensity) return false;
+        next_estimate *= 2;
       }
-      scan_panel(view, block, groups_.data(), packed_keys + panel * keys_.panels.panel_size(), panel, power, *lists_);
     }
     return true;
+  }
+
+  template <Exponent kExponent>
+  void scan_one(const HeadView<Element>& view, const RowBlock& block, const Real* packed_keys, int64_t kv_index, int64_t panel,
+                const Power<Real, kExponent>& power) {
+    if constexpr (!std::is_same_v<Real, double>) {
+      if (!is_exact_) return scan_panel_quantized(view, block, quantized_queries_, keys_.quantized, kv_index, panel, power, *lists_);
+    }
+    scan_panel(view, block, groups_.data(), packed_keys + panel * keys_.panels.panel_size(), panel, power, *lists_);
+  }
+
+  // The part of their keys that the rows will keep, from the panels scanned so far (the last ones). An estimate: it decides
+  // how the block is computed, never what. It depends on the data alone, so the choice is the same on every run.
+  template <Exponent kExponent>
+  float estimated_density(const HeadView<Element>& view, const RowBlock& block, int64_t num_scanned,
+                          const Power<Real, kExponent>& power) {
+    const Real unit = view.units.unit;
+    const int64_t first_key = (block.num_panels - num_scanned) * kPanelCols;
+    int64_t kept = 0, seen = 0;
+    for (int64_t row = 0; row < block.num_rows; row += kEstimatedRows) {
+      const int64_t num_seen = block.key_end[row] - first_key, size = lists_->size[row];
+      if (num_seen < kPanelCols || lists_->is_poisoned[row] || size == 0) continue;
+      pad(lists_->score[row], size);
+      const Real score_max = list_max(lists_->score[row], size).max;
+      const Real start = std::max(lists_->lower[row], score_max - 1 / unit);
+      kept += list_sampled_support(power, lists_->score[row], size, start, unit,
+                                   static_cast<Real>(num_seen) / static_cast<Real>(block.key_end[row]));
+      seen += num_seen;
+    }
+    return seen == 0 ? 0.0f : static_cast<float>(kept) / static_cast<float>(seen);
   }
 
   // The block's queries and the head's keys in float.

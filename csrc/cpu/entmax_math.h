@@ -1,7 +1,8 @@
 // The maths of one row on a list of scores: sums at a threshold, the bound on tau, tau itself.
 //
-// A list is an array `score` of `size` values that may be read up to the next whole vector; pad() fills that tail so that
-// it never counts. `unit` converts differences of scores into z: gap = unit * (score - t). Symbols: docs/algorithm.md.
+// A list is an array `score` of `size` values that may be read up to the next whole vector; pad() fills that tail so
+// that it never counts. `unit` converts differences of scores into z: gap = unit * (score - t). Symbols:
+// docs/algorithm.md.
 #pragma once
 
 #include "cpu/simd.h"
@@ -78,7 +79,8 @@ struct Sums {
 };
 
 template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE Sums<Real> list_sums(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real t, Real unit) {
+ADASPLASH2_INLINE Sums<Real> list_sums(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real t,
+                                       Real unit) {
   Vector<Real> prob_sum = {}, weight_sum = {};
   const Vector<Real> threshold = broadcast(t), zero = {};
   for (int64_t j = 0; j < size; j += kLanes<Real>) {
@@ -115,9 +117,11 @@ ADASPLASH2_INLINE int64_t list_keep_above(Real* score, int32_t* column, int64_t 
 // sum is piecewise linear. For alpha = 1.5 the last step is the exact root of sum gap^2 = 1 over the keys now in the
 // support. That step is the polish only, never a bound: it is right when no key leaves.
 template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real t, Real unit) {
+ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real t,
+                                Real unit) {
   constexpr int kMostSteps = 100;  // about 5 to 10 are usual; the bound only guards against rounding cycles
-  const Real tolerance = (kExponent == Exponent::kSquare ? Real(1e-3) : 4 * std::numeric_limits<Real>::epsilon()) / unit;
+  const Real tolerance =
+      (kExponent == Exponent::kSquare ? Real(1e-3) : 4 * std::numeric_limits<Real>::epsilon()) / unit;
   for (int step = 0; step < kMostSteps; ++step) {
     const Sums<Real> sums = list_sums(power, score, size, t, unit);
     if (!(sums.prob > 1) || !(sums.weight > 0)) break;
@@ -134,6 +138,22 @@ ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real*
     }
   }
   return t;
+}
+
+// How many keys of a list would stay in the support if the list were a sample, one in 1 / fraction, of all keys: those
+// above the t with sum prob = fraction. `start` is a lower bound on tau of the list. Newton from the left, not converged:
+// an estimate is all that is wanted.
+template <class Real, Exponent kExponent>
+ADASPLASH2_INLINE int64_t list_sampled_support(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real start,
+                                               Real unit, Real fraction) {
+  constexpr int kSteps = 6;
+  Real t = start;
+  for (int step = 0; step < kSteps; ++step) {
+    const Sums<Real> sums = list_sums(power, score, size, t, unit);
+    if (!(sums.prob > fraction) || !(sums.weight > 0)) break;
+    t += (sums.prob - fraction) / (power.b * sums.weight) / unit;
+  }
+  return list_count_above(score, size, t);
 }
 
 }  // namespace adasplash2::cpu::ADASPLASH2_ISA

@@ -36,14 +36,14 @@ ADASPLASH2_INLINE void for_pieces(int64_t dim, Function function) {
 
 constexpr int kPrefetchAhead = 8;
 
-// out[0 .. dim) (+)= sum_j weight[j] * matrix.row(column[j])
-template <bool kAccumulate, class Element>
-ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim, const int32_t* column,
-                                  const Accumulator<Element>* weight, int64_t count, Accumulator<Element>* out) {
+// out[0 .. dim) (+)= sum_j weight_of(j) * matrix.row(row_of(j)), j < count
+template <bool kAccumulate, class Element, class RowOf, class WeightOf>
+ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim, int64_t count, RowOf row_of,
+                                  WeightOf weight_of, Accumulator<Element>* out) {
   using Real = Accumulator<Element>;
   for_pieces<Real>(dim, [&](int64_t first, auto vectors) {
     constexpr int kVectors = vectors;
-    // Two sets of accumulators: the chains of dependent additions are as long as the gathers are wide apart.
+    // Two sets of accumulators: one chain of dependent additions would be longer than the loads take.
     Vector<Real> even[kVectors], odd[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -54,25 +54,32 @@ ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim
     for (; j + 2 <= count; j += 2) {
       const int64_t ahead = j + kPrefetchAhead;
       if (ahead + 1 < count) {
-        prefetch_row<kVectors>(matrix.row(column[ahead]) + first);
-        prefetch_row<kVectors>(matrix.row(column[ahead + 1]) + first);
+        prefetch_row<kVectors>(matrix.row(row_of(ahead)) + first);
+        prefetch_row<kVectors>(matrix.row(row_of(ahead + 1)) + first);
       }
-      const Element *row0 = matrix.row(column[j]) + first, *row1 = matrix.row(column[j + 1]) + first;
-      const Vector<Real> weight0 = broadcast(weight[j]), weight1 = broadcast(weight[j + 1]);
+      const Element *row0 = matrix.row(row_of(j)) + first, *row1 = matrix.row(row_of(j + 1)) + first;
+      const Vector<Real> weight0 = broadcast(weight_of(j)), weight1 = broadcast(weight_of(j + 1));
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) even[v] += weight0 * load(row0 + v * kLanes<Real>);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) odd[v] += weight1 * load(row1 + v * kLanes<Real>);
     }
     if (j < count) {
-      const Element* row0 = matrix.row(column[j]) + first;
-      const Vector<Real> weight0 = broadcast(weight[j]);
+      const Element* row0 = matrix.row(row_of(j)) + first;
+      const Vector<Real> weight0 = broadcast(weight_of(j));
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) even[v] += weight0 * load(row0 + v * kLanes<Real>);
     }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) store(out + first + v * kLanes<Real>, even[v] + odd[v]);
   });
+}
+
+// The same with rows and weights in arrays.
+template <bool kAccumulate, class Element>
+ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim, const int32_t* row,
+                                  const Accumulator<Element>* weight, int64_t count, Accumulator<Element>* out) {
+  gather_sum<kAccumulate>(matrix, dim, count, [=](int64_t j) { return row[j]; }, [=](int64_t j) { return weight[j]; }, out);
 }
 
 // Sums of kLanes vectors in one vector, by a tree of pairwise additions of neighbours.

@@ -9,6 +9,8 @@ struct KernelTable {
   const char* isa;
   void (*attention_forward)(const AttentionForward&, const Parallel&);
   void (*attention_backward)(const AttentionBackward&, const Parallel&);
+  void (*entmax_forward)(const EntmaxForward&, const Parallel&);
+  void (*entmax_backward)(const EntmaxBackward&, const Parallel&);
 };
 
 namespace baseline {

@@ -80,4 +80,12 @@ void attention_backward(const AttentionBackward& params, const Parallel& paralle
   chosen().load()->attention_backward(params, parallel);
 }
 
+void entmax_forward(const EntmaxForward& params, const Parallel& parallel) {
+  chosen().load()->entmax_forward(params, parallel);
+}
+
+void entmax_backward(const EntmaxBackward& params, const Parallel& parallel) {
+  chosen().load()->entmax_backward(params, parallel);
+}
+
 }  // namespace adasplash2::cpu

@@ -91,13 +91,14 @@ struct RowLists {
   // One element per row of the block.
   alignas(64) Real lower[kRowBlock];  // scores at and below it are out for good
   Real margin[kRowBlock];             // how much lower than the bound on tau: 2 eps where scores are off by up to eps
+  Real score_max[kRowBlock];          // of the first `checked` scores
   int32_t size[kRowBlock];
+  int32_t checked[kRowBlock];
   int32_t limit[kRowBlock];  // prune when size reaches it
   int32_t capacity[kRowBlock];
   bool is_poisoned[kRowBlock];  // has met a NaN or +inf score
   Real* score[kRowBlock];
   int32_t* column[kRowBlock];
-  int64_t entries_appended = 0;
 
   RowLists() = default;
   RowLists(const RowLists&) = delete;
@@ -109,7 +110,8 @@ struct RowLists {
       if (score_[row].size() == 0) allocate(row, kFirstCapacity);
       lower[row] = row < num_rows ? -kInfinity<Real> : kInfinity<Real>;  // rows past the end take nothing but NaN
       margin[row] = 0;
-      size[row] = 0;
+      score_max[row] = kLowest<Real>;
+      size[row] = checked[row] = 0;
       limit[row] = 1;
       is_poisoned[row] = false;
     }
@@ -145,17 +147,17 @@ template <class Real, Exponent kExponent>
 __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const Power<Real, kExponent>& power, Real unit) {
   const int32_t size = lists.size[row];
   Real* score = lists.score[row];
-  lists.entries_appended += size;
   if (size == 0) return;
   pad(score, size);
-  const MaxResult<Real> top = list_max(score, size);
+  const MaxResult<Real> top = list_max(score + lists.checked[row], size - lists.checked[row]);
   if (!top.is_finite || lists.is_poisoned[row]) {
     lists.is_poisoned[row] = true;
-    lists.size[row] = 0;
+    lists.size[row] = lists.checked[row] = 0;
     lists.limit[row] = kPanelCols;
     return;
   }
-  Real t = std::max(lists.lower[row] + lists.margin[row], top.max - 1 / unit);
+  const Real score_max = lists.score_max[row] = std::max(lists.score_max[row], top.max);
+  Real t = std::max(lists.lower[row] + lists.margin[row], score_max - 1 / unit);
   const Sums<Real> sums = list_sums(power, score, size, t, unit);
   if (sums.prob > 1 && sums.weight > 0) t += power.norm_step(sums.prob, sums.weight) / unit;
   // Rounding: the sums of n terms are right to (n / lanes + 8) ulp, t itself to one. What the margin keeps too much is
@@ -164,8 +166,7 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
   t -= kUlp * ((8 + static_cast<Real>(size) / kLanes<Real>) / unit + 2 * std::fabs(t));
   lists.lower[row] = std::max(lists.lower[row], t - lists.margin[row]);
   const int32_t kept = static_cast<int32_t>(list_keep_above(score, lists.column[row], size, lists.lower[row]));
-  lists.size[row] = kept;
-  lists.entries_appended -= kept;
+  lists.size[row] = lists.checked[row] = kept;
   lists.limit[row] = kept + std::max(48, kept / 4);
   lists.ensure_room(row);
 }
