@@ -150,7 +150,9 @@ def _compile(
 ) -> Path:
     """Compiles `source` against the emulator and links it with `link`; cached by the content of all it may include."""
     source = source.resolve()
-    flags = (*_KERNEL_FLAGS, *(_INSTRUMENTATION if instrumented else ()), *(f"-D{define}" for define in defines))
+    instrumentation = _INSTRUMENTATION if instrumented else ()
+    extra = os.environ.get("SIMT_CXXFLAGS", "").split()  # -O0 for gdb, say
+    flags = (*_KERNEL_FLAGS, *instrumentation, *(f"-D{define}" for define in defines), *extra)
     files = _dependencies(source, [*flags, *_include_flags(ROOT)])
     runtime = _runtime_object()
     digest = _digest(files, flags, patches, link, runtime.name)
