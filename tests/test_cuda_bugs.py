@@ -38,7 +38,7 @@ BUGS = {
         "raise_threshold_to_window(r, batch_max);\n      }\n    }",
     ),
     "lists overflow": Patch(
-        SCAN, "num_hits[r] > Config::kHitsPerList - Config::kScoresPerGroup", "num_hits[r] > Config::kHitsPerList"
+        SCAN, "(Config::kHitsPerList - Config::kScoresPerGroup) * kListStride", "Config::kHitsPerList * kListStride"
     ),
     "masked keys are scanned": Patch(SCAN, "if (col >= visible[2 * i + e / 2]) score[i][n][e] = -INFINITY;", ""),
     "the diagonal is off by one": Patch(WORK_RANGE, "row + num_keys - num_queries + 1", "row + num_keys - num_queries"),

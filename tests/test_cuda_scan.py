@@ -98,7 +98,7 @@ def test_refinement_of_large_supports():
     query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 64, 2000), BF16)
     query = query * 0.1
     run = library.forward(library.build(), *(t.to(library.device()) for t in (query, key, value)))
-    assert run.is_coarse.sum() >= 10 and run.support_size.float().mean() > 1000
+    assert run.is_coarse.sum() >= 10 and run.support_size.float().mean() > 500
     assert (run.tau.cpu() - exact_tau(query, key, value, 1.5)).abs().max() <= 3e-6
 
 

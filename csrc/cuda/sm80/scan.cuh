@@ -44,21 +44,24 @@ struct RowBounds {
   using Config = ScanConfig<kHeadDim>;
   static constexpr int kRows = Config::kRowsPerLane;
   static constexpr int kListStride = kWarpSize;  // entry e of all lanes side by side: no bank conflict
+  static constexpr int kListSize = Config::kHitsPerList * kListStride;
 
   uint32_t* s_histogram;  // [kRowsPerWarp][kRowWords], this warp's rows
-  float* s_hits;          // [kRows][kHitsPerList][kWarpSize]
+  float* s_hits;          // [kWarps][kRows][kHitsPerList][kWarpSize], all warps': an index alone is then an address
   float* s_snapshots;     // [kSnapshots][kRowsPerWarp], thresholds as they were
   float to_z, from_z;
   Entmax<kKind> entmax;
 
   float row_max[kRows];    // of the scores; +inf once a score of the row is NaN or +inf
   float threshold[kRows];  // in units of the score: at or below tau, so only scores above it can matter
-  int num_hits[kRows];
+  int first_list;          // index in s_hits of this lane's first list
+  int list_end[kRows];     // and of the end of what is in each
 
   __device__ __forceinline__ void init(int warp, uint32_t* s_histograms, float* s_all_hits, float* s_all_snapshots,
                                        float to_z_, float alpha) {
     s_histogram = s_histograms + warp * Config::kRowsPerWarp * Config::kRowWords;
-    s_hits = s_all_hits + warp * kRows * Config::kHitsPerList * kListStride;
+    s_hits = s_all_hits;
+    first_list = warp * kRows * kListSize + lane_id();
     s_snapshots = s_all_snapshots + warp * Config::kSnapshots * Config::kRowsPerWarp;
     to_z = to_z_;
     from_z = 1.0f / to_z_;
@@ -67,13 +70,15 @@ struct RowBounds {
     for (int r = 0; r < kRows; ++r) {
       row_max[r] = -INFINITY;
       threshold[r] = -INFINITY;
-      num_hits[r] = 0;
+      list_end[r] = list_begin(r);
     }
     for (int i = lane_id(); i < Config::kRowsPerWarp * Config::kRowWords; i += kWarpSize) s_histogram[i] = 0;
     __syncwarp();
   }
 
   static __device__ __forceinline__ int row_in_warp(int lane, int r) { return lane / 4 + 8 * r; }
+
+  __device__ __forceinline__ int list_begin(int r) const { return first_list + r * kListSize; }
 
   // The largest score that is certainly at or below z.
   __device__ __forceinline__ float score_below(float z) const {
@@ -95,15 +100,17 @@ struct RowBounds {
 
   __device__ __forceinline__ void append(int r, float score) {
     if (is_hit(r, score)) {
-      s_hits[(r * Config::kHitsPerList + num_hits[r]) * kListStride + lane_id()] = score;
-      ++num_hits[r];
+      s_hits[list_end[r]] = score;
+      list_end[r] += kListStride;
     }
   }
 
   __device__ __forceinline__ bool may_overflow() const {
     bool is_full = false;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) is_full |= num_hits[r] > Config::kHitsPerList - Config::kScoresPerGroup;
+    for (int r = 0; r < kRows; ++r) {
+      is_full |= list_end[r] - list_begin(r) > (Config::kHitsPerList - Config::kScoresPerGroup) * kListStride;
+    }
     return __any_sync(kAllLanes, is_full);
   }
 
@@ -112,14 +119,13 @@ struct RowBounds {
     const int lane = lane_id();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float* s_list = s_hits + r * Config::kHitsPerList * kListStride + lane;
       uint32_t* s_row = s_histogram + row_in_warp(lane, r) * Config::kRowWords;
 
       // The row's new maximum, over the quad. NaN counts as +inf: such a row has no tau.
       float batch_max = row_max[r];
 #pragma unroll 1  // the flush is inlined in several places: small before fast
-      for (int e = 0; e < num_hits[r]; ++e) {
-        const float score = s_list[e * kListStride];
+      for (int hit = list_begin(r); hit < list_end[r]; hit += kListStride) {
+        const float score = s_hits[hit];
         batch_max = score < INFINITY ? fmaxf(batch_max, score) : INFINITY;
       }
       batch_max = quad_max(batch_max);
@@ -144,12 +150,11 @@ struct RowBounds {
 
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float* s_list = s_hits + r * Config::kHitsPerList * kListStride + lane;
       uint32_t* s_row = s_histogram + row_in_warp(lane, r) * Config::kRowWords;
       const HistogramGrid grid(row_max[r], to_z);
 #pragma unroll 1  // the flush is inlined in several places: small before fast
-      for (int e = 0; e < num_hits[r]; ++e) {
-        const float score = s_list[e * kListStride];
+      for (int hit = list_begin(r); hit < list_end[r]; hit += kListStride) {
+        const float score = s_hits[hit];
         if (!(score > threshold[r])) continue;
         const uint32_t code = grid.encode(score);
         const uint32_t bin = HistogramGrid::bin_of(code), quantum = HistogramGrid::quantum_of(code);
@@ -159,7 +164,7 @@ struct RowBounds {
         atomicAdd(s_bin + 1, quantum);
         atomicAdd(s_bin + 2, quantum * quantum >> kQuantumBits);
       }
-      num_hits[r] = 0;
+      list_end[r] = list_begin(r);
     }
     __syncwarp();
   }
@@ -297,16 +302,16 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
   for (int i = 0; i < kFragmentsM; ++i) query[i].load(s_key, warp * Config::kRowsPerWarp + i * kMmaM);
   __syncthreads();
 
-  const auto copy_keys = [&](int step) {
+  const auto copy_keys = [&](int step, int stage) {
     if (step < num_tiles) {
-      const int key_begin = (num_tiles - 1 - step) * Config::kBlockN;
       copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
-          s_key + step % Config::kStages * kStageBytes, g_key, problem.key.stride_row, key_begin, key_end, head_dim);
+          s_key + stage * kStageBytes, g_key, problem.key.stride_row, (num_tiles - 1 - step) * Config::kBlockN, key_end,
+          head_dim);
     }
     ptx::cp_async_commit();
   };
 #pragma unroll
-  for (int step = 0; step < Config::kStages - 1; ++step) copy_keys(step);
+  for (int step = 0; step < Config::kStages - 1; ++step) copy_keys(step, step);
 
   // This warp's rows of the mask and of the excesses; a word is written when its tile 0 is done.
   const BlockMaskShape mask_shape(num_queries, range.num_keys);
@@ -331,17 +336,19 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
   };
   for (int word = mask_shape.key_words() - 1; word > mask_word(num_tiles - 1); --word) store_mask_word(word);
 
+  int stage = 0;
   for (int step = 0; step < num_tiles; ++step) {
     const int tile = num_tiles - 1 - step;
 
     // Phase 2: wait for the tile; the stage that the barrier frees takes the next one.
     ptx::cp_async_wait<Config::kStages - 2>();
     __syncthreads();
-    copy_keys(step + Config::kStages - 1);
+    copy_keys(step + Config::kStages - 1, stage == 0 ? Config::kStages - 1 : stage - 1);
 
     // Phase 3: scores.
     float score[kFragmentsM][kFragmentsN][4];
-    const uint32_t s_tile = s_key + step % Config::kStages * kStageBytes;
+    const uint32_t s_tile = s_key + stage * kStageBytes;
+    stage = stage == Config::kStages - 1 ? 0 : stage + 1;
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i) clear(score[i]);
 #pragma unroll

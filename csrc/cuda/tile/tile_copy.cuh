@@ -21,12 +21,13 @@ __device__ __forceinline__ void copy_tile_async(uint32_t s_tile, const Element* 
   const int first_row = threadIdx.x / Tile::kChunksPerRow, chunk = threadIdx.x % Tile::kChunksPerRow;
   const bool is_col_there = chunk * kChunkElements < num_cols;
   const Element* g_chunk = g_rows + (row_begin + first_row) * stride_row + chunk * kChunkElements;
+  const int64_t step_elements = kRowsPerStep * stride_row;
 #pragma unroll
   for (int step = 0; step < kRows / kRowsPerStep; ++step) {
     const int row = first_row + step * kRowsPerStep;
     const bool is_there = is_col_there && row_begin + row < row_end;
-    const Element* source = is_there ? g_chunk + step * kRowsPerStep * stride_row : g_rows;
-    ptx::cp_async_16(s_tile + Tile::offset(row, chunk), source, is_there ? kChunkBytes : 0);
+    ptx::cp_async_16(s_tile + Tile::offset(row, chunk), is_there ? g_chunk : g_rows, is_there ? kChunkBytes : 0);
+    g_chunk += step_elements;
   }
 }
 
