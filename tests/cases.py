@@ -97,9 +97,12 @@ def tied(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def constant(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One key everywhere: all scores of a row are equal, prob is uniform."""
+    """All scores of a row are equal, so prob is uniform; keys differ only where the queries are zero."""
     query, key = gaussian(shape, generator)
-    return query, key[:, :, :1].expand(shape.key).clone()
+    num_seen = (shape.head_dim + 1) // 2
+    query[..., num_seen:] = 0.0
+    key[..., :num_seen] = key[:, :, :1, :num_seen].clone()
+    return query, key
 
 
 def rising(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -108,6 +111,15 @@ def rising(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     ramp = torch.linspace(0.0, 20.0, shape.num_keys, dtype=torch.float64)[:, None]
     query = direction.expand(shape.query) * shape.head_dim**0.5
     return query + 0.1 * randn(shape.query, generator), ramp * direction + 0.1 * randn(shape.key, generator)
+
+
+def border(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """At alpha = 1.5 one key with z = 0, all others within 0.001 of z = -1: where the support of one key would end."""
+    direction = torch.nn.functional.normalize(randn((shape.head_dim,), generator), dim=-1)
+    score = -2.0 + 2e-3 * randn((*shape.key[:-1], 1), generator)
+    score[:, :, shape.num_keys // 2] = 0.0
+    query_size = (1.0 + 1e-4 * randn((*shape.query[:-1], 1), generator)) * shape.head_dim**0.5
+    return query_size * direction, score * direction
 
 
 def block_structured(shape: Shape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -157,6 +169,7 @@ MAKERS: dict[str, Maker] = {
     "tied": tied,
     "constant": constant,
     "rising": rising,
+    "border": border,
     "block_structured": block_structured,
     "outlier_channel": outlier_channel,
     "huge_scores": huge_scores,
@@ -274,6 +287,10 @@ LONG_CASES = [
     _long("mixed_rows", 257, 1025, alpha=1.25),
     _long("rising", 130, 1500),
     _long("rising", 130, 1025, torch.bfloat16, alpha=1.75),
+    _long("sparse", 97, 6000, torch.bfloat16, is_causal=True),
+    _long("support_10_percent", 12, 6000),
+    _long("rising", 7, 6000, alpha=1.25),
+    _long("border", 65, 1500),
     _long("constant", 65, 1500),
     _long("tied", 65, 1500, torch.float16),
     _long("outlier_channel", 127, 1025),

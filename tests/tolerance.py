@@ -6,16 +6,17 @@ on the maximum and on the norm of every tensor. The oracle reads the very inputs
 never rounded to their dtype.
 
 The floor covers inputs on which the reference in low precision happens to be right by luck, as on few rows or on scores
-that all tie. An entry is a sum of terms, such as prob_j v_j, and every correct algorithm makes errors relative to the
-size of the terms, sum_j |prob_j v_j|, even where they cancel. With u = eps / 2 of the precision of the sums (float32 at
-least), the error of z is about u z, z of the size of 1 + |tau| while <q, k> adds up; gap inherits it, prob = gap^b with
-b = 1 / (alpha - 1) multiplies it by b, and 4 standard deviations make the largest of many: 4 b u (1 + max |tau|) of the
-terms' size. Rounding the result to the input dtype adds u(dtype).
+that all tie. With u = eps / 2 of the precision of the sums (float32 at least), it has three parts:
+  - 4 x the change of the float64 result when every input entry, and every row as a whole, is perturbed by u: the
+    condition of the problem, for it is as if the inputs had been rounded once more; 4 because sums round several times,
+    and for the tails. (Perturbed by 16 u and divided by 16, lest u vanish in the rounding of float64 itself);
+  - (4 + S / 4) b u of the result, S the largest support, b = 1 / (alpha - 1): a sum of S terms of one sign, in at least
+    4 lanes, may lose S / 4 u; and where scores tie, rounding gap = z - tau moves every prob = gap^b of the row alike;
+  - u(dtype) of the result: rounding it to the input dtype.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,21 +29,21 @@ from adasplash2 import reference
 Attention = Callable[..., Any]
 
 
-def floor_of(dtype: torch.dtype, tau: Tensor, alpha: float | Tensor = 1.5) -> float:
-    """Error granted to a tensor of `dtype` beside twice the reference's, relative to its terms; derived above."""
-    b = 1.0 / (float(alpha.min() if isinstance(alpha, Tensor) else alpha) - 1.0)
-    finite = tau.detach()[tau.isfinite()].abs()
-    z_size = 1.0 + (finite.max().item() if finite.numel() else 0.0)
-    compute = torch.promote_types(dtype, torch.float32)
-    rounding = 0.0 if dtype == compute else torch.finfo(dtype).eps / 2
-    return 4.0 * b * z_size * torch.finfo(compute).eps / 2 + rounding
+PERTURBATION = 16.0  # of the inputs, in units of u
 
 
-def assert_within_rule(name: str, ours: Tensor, same_dtype: Tensor, oracle: Tensor, margin: Tensor) -> None:
-    """Checks one tensor whose floor is `margin`, entry by entry; NaN and inf must stand where the oracle has them.
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
 
-    Reports the worst entry and its row.
-    """
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def assert_within_rule(
+    name: str, ours: Tensor, same_dtype: Tensor, oracle: Tensor, perturbed: Tensor, relative_floor: float
+) -> None:
+    """Checks one tensor; NaN and inf must stand where the oracle has them. Reports the worst entry and its row."""
     assert ours.shape == oracle.shape, f"{name}: expected shape {tuple(oracle.shape)}, got {tuple(ours.shape)}"
     assert ours.dtype == same_dtype.dtype, f"{name}: expected {same_dtype.dtype}, got {ours.dtype}"
     if ours.numel() == 0:
@@ -54,12 +55,13 @@ def assert_within_rule(name: str, ours: Tensor, same_dtype: Tensor, oracle: Tens
         f"{name}: {int(wrong.sum())} entries differ in being finite, the first at {_first(wrong)}: "
         f"ours {ours[_first(wrong)].item()}, float64 {oracle[_first(wrong)].item()}"
     )
-    error, reference_error, margin = (
-        t.masked_fill(special, 0.0).abs() for t in (ours - oracle, same_dtype - oracle, margin)
+    error, reference_error, change, size = (
+        t.masked_fill(special, 0.0).abs() for t in (ours - oracle, same_dtype - oracle, perturbed - oracle, oracle)
     )
     worst = _first(error == error.max())
     for norm, measure in (("maximum", torch.max), ("norm", torch.norm)):
-        ours_err, reference_err, floor = (measure(t).item() for t in (error, reference_error, margin))
+        ours_err, reference_err = measure(error).item(), measure(reference_error).item()
+        floor = 4.0 / PERTURBATION * measure(change).item() + relative_floor * measure(size).item()
         assert ours_err <= 2.0 * reference_err + floor, (
             f"{name}: {norm} of the error is {ours_err:.3e}, allowed 2 x {reference_err:.3e} (reference in the input "
             f"dtype) + {floor:.3e}; worst at {worst}: ours {ours[worst].item():.9g}, reference "
@@ -103,87 +105,62 @@ def _detached(tensor: Any, dtype: torch.dtype | None = None) -> Any:
 
 @dataclass
 class Expected:
-    """The reference's two runs on one set of inputs, and the size of the terms that each result adds up."""
+    """The reference on one set of inputs: in their dtype, in float64, and in float64 with every input perturbed."""
 
     same_dtype: Result
     oracle: Result
-    term_sizes: dict[str, Tensor]
-    alpha: float | Tensor
+    perturbed: Result
+    alpha: float  # the smallest
 
 
 def expect(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor | None = None, **options: Any) -> Expected:
-    """The reference on copies of the inputs. Its run in float64, for float64 inputs, cannot be the oracle's own (an
-    error of zero by definition): it sums <q, k> in reverse order and finds tau by the other algorithm."""
-    inputs = [_detached(t) for t in (query, key, value, grad_out)]
-    copied = {name: _detached(t) for name, t in options.items()}
-    if query.dtype == torch.float64:
-        attention = functools.partial(_attention_in_reverse, method="bisection")
-        same = run(attention, *inputs, **copied)
-    else:
-        same = run(reference.entmax_attention, *inputs, **copied)
-    inputs = [_detached(t, torch.float64) for t in (query, key, value, grad_out)]
-    copied = {name: _detached(t, torch.float64) for name, t in options.items()}
-    oracle = run(reference.entmax_attention, *inputs, **copied)
-    with torch.no_grad():
-        return Expected(same, oracle, _term_sizes(oracle, *inputs, **copied), options.get("alpha", 1.5))
+    """Runs the reference on copies of the inputs."""
+    u = unit_roundoff(compute_dtype(query.dtype))
+    generator = torch.Generator().manual_seed(1)
+
+    def in_float64(tensor: Any) -> Any:
+        return _detached(tensor, torch.float64)
+
+    def perturbed(tensor: Any) -> Any:
+        copy = in_float64(tensor)
+        if isinstance(copy, Tensor) and copy.is_floating_point():
+            for shape in (copy.shape, (*copy.shape[:-1], 1)[: copy.ndim]):
+                copy.data *= 1.0 + PERTURBATION * u * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return copy
+
+    def run_on(copy: Callable[[Any], Any], attention: Attention) -> Result:
+        named = {name: t if name == "alpha" and copy is perturbed else copy(t) for name, t in options.items()}
+        return run(attention, *map(copy, (query, key, value, grad_out)), **named)
+
+    # In float64 the reference cannot be its own oracle (an error of zero by definition).
+    is_double = query.dtype == torch.float64
+    return Expected(
+        same_dtype=run_on(_detached, _attention_in_reverse if is_double else reference.entmax_attention),
+        oracle=run_on(in_float64, reference.entmax_attention),
+        perturbed=run_on(perturbed, reference.entmax_attention),
+        alpha=float(torch.as_tensor(options.get("alpha", 1.5)).detach().min()),
+    )
 
 
 def _attention_in_reverse(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
-    return reference.entmax_attention(query.flip(-1), key.flip(-1), value, **options)
-
-
-def _term_sizes(
-    oracle: Result, query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor | None, **options: Any
-) -> dict[str, Tensor]:
-    """sum |term| for every entry of out, tau and the gradients: the equations of the operation with absolute values."""
-    identity = torch.eye(key.shape[-2], dtype=key.dtype).expand(*key.shape[:-1], -1)
-    prob = reference.entmax_attention(query, key, identity, **options).nan_to_num()
-    query, key, value = (t.nan_to_num(posinf=0.0, neginf=0.0) for t in (query, key, value))
-    group_size = query.shape[-3] // max(key.shape[-3], 1) if options.get("enable_gqa") else 1
-
-    def per_query_head(tensor: Tensor) -> Tensor:
-        return tensor.repeat_interleave(group_size, dim=-3) if group_size > 1 else tensor
-
-    def summed_to(like: Tensor, terms: Tensor) -> Tensor:
-        if group_size > 1 and terms.shape[-3] != like.shape[-3]:
-            terms = terms.unflatten(-3, (-1, group_size)).sum(-3)
-        return terms.sum_to_size(like.shape)
-
-    sizes = {"out": prob @ per_query_head(value).abs(), "tau": 1.0 + oracle.aux.tau.abs()}
-    if grad_out is None:
-        return sizes
-    alpha = options.get("alpha", 1.5)
-    alpha_rows = alpha.expand(prob.shape[:-2])[..., None, None] if isinstance(alpha, Tensor) else alpha
-    scale = abs(query.shape[-1] ** -0.5 if options.get("scale") is None else options["scale"])
-    grad_out = grad_out.nan_to_num(posinf=0.0, neginf=0.0)
-    grad_prob = (grad_out @ per_query_head(value).mT).abs()
-    weight = torch.where(prob > 0, prob.pow(2.0 - alpha_rows), 0.0)
-    tilted = weight / weight.sum(-1, keepdim=True).clamp(min=1e-300)
-    grad_score = weight * (grad_prob + (tilted * grad_prob).sum(-1, keepdim=True))
-    sizes["query"] = summed_to(query, scale * grad_score @ per_query_head(key).abs())
-    sizes["key"] = summed_to(key, scale * grad_score.mT @ query.abs())
-    sizes["value"] = summed_to(value, prob.mT @ grad_out.abs())
-    if isinstance(mask := options.get("attn_mask"), Tensor):
-        sizes["attn_mask"] = grad_score.sum_to_size(mask.shape)
-    if isinstance(alpha, Tensor):
-        entropy = -torch.xlogy(prob, prob)
-        prob_by_alpha = (prob + tilted) / (alpha_rows - 1.0) ** 2
-        prob_by_alpha += (entropy + tilted * entropy.sum(-1, keepdim=True)) / (alpha_rows - 1.0)
-        sizes["alpha"] = (grad_prob * prob_by_alpha).sum((-1, -2)).sum_to_size(alpha.shape)
-    return sizes
+    """The reference with <q, k> summed in reverse order and tau found by the other algorithm."""
+    return reference.entmax_attention(query.flip(-1), key.flip(-1), value, method="bisection", **options)
 
 
 def assert_result(result: Result, expected: Expected) -> None:
     """The rule for out, tau and every gradient, and the dtypes and shapes of all of them."""
-    same, oracle = expected.same_dtype, expected.oracle
-    triples = {"out": (result.out, same.out, oracle.out), "tau": (result.aux.tau, same.aux.tau, oracle.aux.tau)}
+    runs = (result, expected.same_dtype, expected.oracle, expected.perturbed)
+    oracle = expected.oracle
     assert result.grads.keys() == oracle.grads.keys()
-    for name, grad in result.grads.items():
-        triples[name] = (grad, same.grads[name], oracle.grads[name])
-    for name, (ours, same_dtype, exact) in triples.items():
-        margin = floor_of(ours.dtype, oracle.aux.tau, expected.alpha) * expected.term_sizes[name]
-        label = f"grad {name}" if name in result.grads else name
-        assert_within_rule(label, ours, same_dtype, exact, margin)
+    quantities = {"out": [run.out for run in runs], "tau": [run.aux.tau for run in runs]}
+    quantities |= {f"grad {name}": [run.grads[name] for run in runs] for name in oracle.grads}
+    support_size = int(oracle.aux.support_size.max()) if oracle.aux.support_size.numel() else 0
+    for name, (ours, *others) in quantities.items():
+        compute = compute_dtype(ours.dtype)
+        relative_floor = (4.0 + support_size / 4.0) / (expected.alpha - 1.0) * unit_roundoff(compute)
+        if ours.dtype != compute:
+            relative_floor += unit_roundoff(ours.dtype)
+        assert_within_rule(name, ours, *others, relative_floor)
 
 
 def check(
