@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,20 +161,25 @@ def _compile(
     if target.exists():
         return target
     scratch = _scratch(target)
-    root = ROOT
-    if patches:
-        # Next to the result, where it stays: reports name its lines.
-        root = BUILD / f"{source.stem}-{digest}.source"
-        for file in files:
-            copy = root / file.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-        for patch in patches:
-            patch.apply(root)
-    object_file = scratch.with_suffix(".o")
-    _run(_compiler(), *flags, *_include_flags(root), "-c", root / source.relative_to(ROOT), "-o", object_file)
-    _run(_compiler(), *link, object_file, runtime, "-ldl", "-o", scratch)
-    object_file.unlink()
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+        root = ROOT
+        map_paths: tuple[str, ...] = ()
+        if patches:
+            root = Path(folder) / "source"
+            kept = BUILD / f"{source.stem}-{digest}.source"
+            for file in files:
+                copy = root / file.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+            for patch in patches:
+                patch.apply(root)
+            # The debug information names the copy that stays, for reports and gdb.
+            shutil.copytree(root, kept, dirs_exist_ok=True)
+            map_paths = (f"-ffile-prefix-map={root}={kept}",)
+        object_file = Path(folder) / "kernel.o"
+        path = root / source.relative_to(ROOT)
+        _run(_compiler(), *flags, *map_paths, *_include_flags(root), "-c", path, "-o", object_file)
+        _run(_compiler(), *link, object_file, runtime, "-ldl", "-o", scratch)
     _publish(scratch, target)
     return target
 

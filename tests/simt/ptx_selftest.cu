@@ -652,45 +652,64 @@ void test_tma(const char* name, TensorMapElement type, int swizzle_bytes, bool a
 
 #ifdef HAS_HOPPER
 
-// Where element (mn, k) of a tile lies: K major [mn][k] or MN major [k][mn], rows of 128 bytes in 16-byte chunks at
-// chunk ^ row % 8; an MN-major tile wider than 64 is a sequence of such tiles of 64.
-__device__ __forceinline__ int element_offset(ptx::Major major, int mn, int k, int num_k) {
-  const int row = major == ptx::Major::kK ? mn : mn / 64 * num_k + k;
-  const int column = major == ptx::Major::kK ? k : mn % 64;
-  return row * 128 + ((column / 8 ^ row % 8) << 4) + column % 8 * 2;
-}
+// A tile [num_mn, kTileK] in shared memory, in one of the layouts that a descriptor can name.
+//   swizzled:   rows of S = 128, 64 or 32 bytes along the major index (a longer major index is cut into pieces of S
+//   bytes, one
+//               after the other), in them 16-byte chunks at chunk ^ row % 8, row / 2 % 4, row / 4 % 2
+//   no swizzle: core matrices of 8 rows of 16 bytes, one after the other; those of the same 8 mn follow each other
+constexpr int kTileK = 64;
 
-template <typename Element>
-__device__ __forceinline__ void fill_tile(uint8_t* tile, ptx::Major major, const float* values, int num_mn, int num_k) {
-  for (int i = threadIdx.x; i < num_mn * num_k; i += 128) {
-    const int mn = i / num_k, k = i % num_k;
-    *reinterpret_cast<Element*>(tile + element_offset(major, mn, k, num_k)) = Element(values[i]);
+template <ptx::Swizzle kSwizzle, ptx::Major kMajor>
+struct TileLayout {
+  static constexpr int kSpan = kSwizzle == ptx::Swizzle::kNone ? 16 : 256 >> static_cast<int>(kSwizzle);  // S
+  static constexpr int kPiece = kSpan / 2;                                                                // elements
+
+  static __device__ __forceinline__ int offset(int mn, int k, int num_mn) {
+    const int along = kMajor == ptx::Major::kK ? k : mn, across = kMajor == ptx::Major::kK ? mn : k;
+    if constexpr (kSwizzle == ptx::Swizzle::kNone) {
+      return mn / 8 * kTileK * 16 + k / 8 * 128 + across % 8 * 16 + along % 8 * 2;
+    }
+    const int piece_bytes = (kMajor == ptx::Major::kK ? num_mn : kTileK) * kSpan;
+    const int chunk = along % kPiece / 8 ^ across % 8 / (128 / kSpan);
+    return along / kPiece * piece_bytes + across * kSpan + chunk * 16 + along % 8 * 2;
   }
-}
+
+  // Of the part that starts at k, a multiple of 16.
+  static __device__ __forceinline__ uint64_t descriptor(uint32_t tile, int k, int num_mn) {
+    if constexpr (kSwizzle == ptx::Swizzle::kNone) {
+      return ptx::wgmma_descriptor(tile + k / 8 * 128, 128, kTileK * 16, kSwizzle);
+    } else if constexpr (kMajor == ptx::Major::kK) {
+      return ptx::wgmma_descriptor(tile + k / kPiece * num_mn * kSpan + k % kPiece * 2, 16, 8 * kSpan, kSwizzle);
+    } else {
+      return ptx::wgmma_descriptor(tile + k * kSpan, kTileK * kSpan, 8 * kSpan, kSwizzle);
+    }
+  }
+
+  template <typename Element>
+  static __device__ __forceinline__ void fill(uint8_t* tile, const float* values, int num_mn) {
+    for (int i = threadIdx.x; i < num_mn * kTileK; i += 128) {
+      *reinterpret_cast<Element*>(tile + offset(i / kTileK, i % kTileK, num_mn)) = Element(values[i]);
+    }
+  }
+};
 
 #endif
 
 // a [64, 64] and b [N, 64] are indexed [mn][k]; out = 2 a b^T by two passes, the first of which ignores what acc held.
-template <typename Element, int kN, ptx::Major kMajorA, ptx::Major kMajorB, bool kFromRegisters>
+template <typename Element, int kN, ptx::Major kMajorA, ptx::Major kMajorB, bool kFromRegisters, ptx::Swizzle kSwizzle>
 __global__ void __launch_bounds__(128) wgmma_kernel(const float* a, const float* b, float* out) {
 #ifdef HAS_HOPPER
-  constexpr int kK = 64;
+  using TileA = TileLayout<kSwizzle, kMajorA>;
+  using TileB = TileLayout<kSwizzle, kMajorB>;
+  constexpr int kK = kTileK;
   uint8_t* smem = dynamic_smem();
-  uint8_t* tile_b = smem + 64 * 128;
-  const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
-  const int group = lane / 4;
-  const int quad = lane % 4;
-  fill_tile<Element>(smem, kMajorA, a, 64, kK);
-  fill_tile<Element>(tile_b, kMajorB, b, kN, kK);
+  uint8_t* tile_b = smem + 64 * kK * 2;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quad = lane % 4;
+  TileA::template fill<Element>(smem, a, 64);
+  TileB::template fill<Element>(tile_b, b, kN);
   ptx::fence_proxy_async();
   __syncthreads();
-  const uint32_t s_a = ptx::shared_address(smem);
-  const uint32_t s_b = ptx::shared_address(tile_b);
-  const auto descriptor = [](uint32_t tile, ptx::Major major, int k) {
-    return major == ptx::Major::kK ? ptx::wgmma_descriptor(tile + k * 2, 16, 1024, ptx::Swizzle::k128)
-                                   : ptx::wgmma_descriptor(tile + k * 128, kK * 128, 1024, ptx::Swizzle::k128);
-  };
+  const uint32_t s_a = ptx::shared_address(smem), s_b = ptx::shared_address(tile_b);
   uint32_t registers[kK / 16][4];
   for (int k = 0; k < kK / 16; ++k) {
     for (int i = 0; i < 4; ++i) {
@@ -705,11 +724,11 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const float* a, const float*
 #pragma unroll
   for (int step = 0; step < 2 * kK / 16; ++step) {
     const int k = step % (kK / 16);
-    const uint64_t descriptor_b = descriptor(s_b, kMajorB, k * 16);
+    const uint64_t descriptor_b = TileB::descriptor(s_b, k * 16, kN);
     if constexpr (kFromRegisters) {
       ptx::wgmma_rs<Element, kMajorB>(acc, registers[k], descriptor_b, step != 0);
     } else {
-      ptx::wgmma_ss<Element, kMajorA, kMajorB>(acc, descriptor(s_a, kMajorA, k * 16), descriptor_b, step != 0);
+      ptx::wgmma_ss<Element, kMajorA, kMajorB>(acc, TileA::descriptor(s_a, k * 16, 64), descriptor_b, step != 0);
     }
   }
   ptx::wgmma_commit();
@@ -722,7 +741,8 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const float* a, const float*
 #endif
 }
 
-template <typename Element, int kN, ptx::Major kMajorA, ptx::Major kMajorB, bool kFromRegisters>
+template <typename Element, int kN, ptx::Major kMajorA, ptx::Major kMajorB, bool kFromRegisters,
+          ptx::Swizzle kSwizzle = ptx::Swizzle::k128>
 void test_wgmma(const char* name) {
   const auto a = made<float>(64 * 64, [](int i) { return static_cast<float>(small(i)); });
   const auto b = made<float>(kN * 64, [](int i) { return static_cast<float>(small(i + 17)); });
@@ -733,13 +753,14 @@ void test_wgmma(const char* name) {
     }
   }
   Buffer<float> g_a(a), g_b(b), out(std::vector<float>(64 * kN));
-  launch_kernel(wgmma_kernel<Element, kN, kMajorA, kMajorB, kFromRegisters>, dim3(1), dim3(128), (64 + kN) * 128,
-                nullptr, g_a.data(), g_b.data(), out.data());
+  launch_kernel(wgmma_kernel<Element, kN, kMajorA, kMajorB, kFromRegisters, kSwizzle>, dim3(1), dim3(128),
+                (64 + kN) * 128, nullptr, g_a.data(), g_b.data(), out.data());
   report(name, same_bits(out.values(), expected));
 }
 
 void test_hopper() {
   using ptx::Major;
+  using ptx::Swizzle;
   test_stmatrix();
   test_mbarriers();
   test_tma<__nv_bfloat16, 2>("tma 2D, bf16, no swizzle", TensorMapElement::kBFloat16, 0, false);
@@ -754,6 +775,12 @@ void test_hopper() {
   test_wgmma<__half, 128, Major::kK, Major::kMn, false>("wgmma_ss n128, fp16, A K, B N");
   test_wgmma<__nv_bfloat16, 192, Major::kMn, Major::kMn, false>("wgmma_ss n192, bf16, A M, B N");
   test_wgmma<__nv_bfloat16, 256, Major::kK, Major::kK, false>("wgmma_ss n256, bf16, A K, B K");
+  test_wgmma<__nv_bfloat16, 64, Major::kK, Major::kMn, false, Swizzle::k64>("wgmma_ss n64, bf16, A K, B N, swizzle 64");
+  test_wgmma<__half, 96, Major::kMn, Major::kK, false, Swizzle::k64>("wgmma_ss n96, fp16, A M, B K, swizzle 64");
+  test_wgmma<__half, 64, Major::kMn, Major::kMn, false, Swizzle::k32>("wgmma_ss n64, fp16, A M, B N, swizzle 32");
+  test_wgmma<__nv_bfloat16, 96, Major::kK, Major::kK, false, Swizzle::k32>("wgmma_ss n96, bf16, A K, B K, swizzle 32");
+  test_wgmma<__nv_bfloat16, 128, Major::kK, Major::kMn, false, Swizzle::kNone>("wgmma_ss n128, bf16, A K, B N, none");
+  test_wgmma<__half, 64, Major::kMn, Major::kK, false, Swizzle::kNone>("wgmma_ss n64, fp16, A M, B K, none");
   test_wgmma<__nv_bfloat16, 64, Major::kK, Major::kMn, true>("wgmma_rs n64, bf16, B N");
   test_wgmma<__half, 96, Major::kK, Major::kK, true>("wgmma_rs n96, fp16, B K");
   test_wgmma<__nv_bfloat16, 128, Major::kK, Major::kK, true>("wgmma_rs n128, bf16, B K");

@@ -49,6 +49,8 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // ---- arithmetic ----
+//
+// PTX ISA: "Floating Point Instructions", "Integer Arithmetic Instructions", cvt. Approximate functions are exact here.
 
 using std::max;
 using std::min;
@@ -124,6 +126,9 @@ __forceinline__ T __ldg(const T* address) {
 __forceinline__ size_t __cvta_generic_to_shared(const void* pointer) { return simt::to_shared_address(pointer); }
 
 // ---- warps ----
+//
+// PTX ISA: "Data Movement and Conversion Instructions: shfl.sync", and of "Parallel Synchronization and Communication
+// Instructions": vote.sync, redux.sync, bar.warp.sync, activemask.
 
 template <typename T>
 __forceinline__ T simt_shuffle(simt::Shuffle kind, unsigned mask, T value, int lane_operand, int width) {
@@ -186,6 +191,8 @@ __forceinline__ unsigned __reduce_xor_sync(unsigned mask, unsigned value) {
 }
 
 // ---- blocks ----
+//
+// PTX ISA: "Parallel Synchronization and Communication Instructions": bar, membar.
 
 __forceinline__ void __syncthreads() { simt::sync_threads(); }
 // One block runs at a time, on one host thread: fences have nothing to order that a barrier does not.
@@ -194,6 +201,8 @@ inline void __threadfence_block() {}
 [[noreturn]] __forceinline__ void __trap() { simt::trap(); }
 
 // ---- atomics ----
+//
+// PTX ISA: "Parallel Synchronization and Communication Instructions": atom, red.
 
 using simt::Atomic;
 __forceinline__ int atomicAdd(int* address, int value) { return simt::atomic_s32(Atomic::kAdd, address, value); }

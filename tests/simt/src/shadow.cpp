@@ -32,8 +32,8 @@ struct Readers {
   bool is_atomic = false;
 };
 
-// The history of 4 bytes, or of one byte of a word that was ever accessed in part. One cache line: a block's shared memory
-// has tens of thousands of these, all of them new with the block.
+// The history of 4 bytes, or of one byte of a word that was ever accessed in part. One cache line: a block's shared
+// memory has tens of thousands of these, all of them new with the block.
 struct alignas(64) Cell {
   Site write_site = nullptr;
   Site async_read_site = nullptr;  // of the latest in flight

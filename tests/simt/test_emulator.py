@@ -1,0 +1,69 @@
+"""The Python side: builds, patches, and what a call reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simt import emulator
+
+RULES = Path(__file__).parent / "kernels" / "rules.cu"
+
+
+def test_builds_are_cached() -> None:
+    first, second = emulator.build(RULES), emulator.build(RULES)
+    assert first.path == second.path
+    assert emulator.build(RULES, instrumented=False).path != first.path
+
+
+def test_patch_must_fit_once(tmp_path: Path) -> None:
+    (tmp_path / "kernel.cuh").write_text("wait(); wait(); go();")
+    with pytest.raises(ValueError, match="2 occurrences"):
+        emulator.Patch("kernel.cuh", "wait();", "").apply(tmp_path)
+    with pytest.raises(ValueError, match="0 occurrences"):
+        emulator.Patch("kernel.cuh", "stop();", "").apply(tmp_path)
+    emulator.Patch("kernel.cuh", "go();", "run();").apply(tmp_path)
+    assert (tmp_path / "kernel.cuh").read_text() == "wait(); wait(); run();"
+
+
+def test_patch_changes_the_copy_alone() -> None:
+    before = RULES.read_text()
+    patch = emulator.Patch(
+        "tests/simt/kernels/rules.cu", "  __syncwarp(threadIdx.x < 16", "  if (false) __syncwarp(threadIdx.x < 16"
+    )
+    patched, out = emulator.build(RULES, patches=[patch]), torch.zeros(32)
+    with pytest.raises(emulator.Diagnosis, match=r"RACE|UNINITIALISED"):
+        patched.call("run_half_warp_syncs", out, tensors={"out": out})
+    assert RULES.read_text() == before
+    emulator.build(RULES).call("run_half_warp_syncs", out, tensors={"out": out})
+    assert out.tolist() == [float(i ^ 1) for i in range(32)]
+
+
+def test_compile_error_is_passed_on(tmp_path: Path) -> None:
+    patch = emulator.Patch(
+        "tests/simt/kernels/rules.cu", "float* smem_floats() {", "float* smem_floats() { __shared__ int i;"
+    )
+    with pytest.raises(RuntimeError, match="use adasplash2::dynamic_smem"):
+        emulator.build(RULES, patches=[patch])
+
+
+def test_a_call_goes_on_after_a_report() -> None:
+    """Nothing of a failed launch is left in the next one."""
+    library, out = emulator.build(RULES), torch.zeros(256)
+    for kernel in ("uncommitted_copy", "wgmma_never_waited_for", "different_barriers", "endless_polling"):
+        with pytest.raises(emulator.Diagnosis):
+            library.call(f"run_{kernel}", out, tensors={"out": out})
+        for legal in ("arrive_and_sync", "wgmma_with_fence", "arrive_releases", "copy_of_nothing"):
+            library.call(f"run_{legal}", out, tensors={"out": out})
+
+
+def test_bounds_are_those_of_the_registered_tensors() -> None:
+    library = emulator.build(RULES)
+    out = torch.zeros(33)
+    library.call("run_syncwarp_orders", out[1:], tensors={"out": out[1:]})
+    with pytest.raises(emulator.Diagnosis, match=r"write of 4 bytes at offset (128|252) of out, which has 128"):
+        library.call("run_neighbouring_bytes", out[1:], tensors={"out": out[1:]})
+    with pytest.raises(emulator.Diagnosis, match=r"before every registered tensor|of elsewhere"):
+        library.call("run_syncwarp_orders", out, tensors={"elsewhere": torch.zeros(32)})
