@@ -2,8 +2,7 @@
 // the same text to an interpreter, so the wrappers in csrc/cuda/ptx are written once and their text runs without a GPU.
 //
 //   PTX(text, (outputs), (inputs))          the statement works on registers alone
-//   PTX_MEMORY(text, (outputs), (inputs))   it touches memory or orders accesses to it: no load or store moves across
-//   it
+//   PTX_MEMORY(text, (outputs), (inputs))   it touches or orders memory: no load or store moves across it
 //
 // An operand is PTX_OUT_x, PTX_INOUT_x or PTX_IN_x, with x the asm constraint: R 32-bit, L 64-bit, F float, N constant.
 #pragma once

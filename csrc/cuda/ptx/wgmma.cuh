@@ -69,30 +69,25 @@ static __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_ACC_96 WGMMA_ACC_64, WGMMA_ACC_8(64), WGMMA_ACC_8(72), WGMMA_ACC_8(80), WGMMA_ACC_8(88)
 #define WGMMA_ACC_128 WGMMA_ACC_96, WGMMA_ACC_8(96), WGMMA_ACC_8(104), WGMMA_ACC_8(112), WGMMA_ACC_8(120)
 
-// One instruction each. The numbers of the operands that follow the accumulators are spelled as text: r0 = REGISTERS,
-// ...
-#define WGMMA_SS(N, REGISTERS, TYPE, r0, r1, r2, r3, r4)                                          \
-  PTX_MEMORY(                                                                                     \
-      "{.reg .pred p;\n"                                                                          \
-      "setp.ne.b32 p, %" r2                                                                       \
-      ", 0;\n"                                                                                    \
-      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##REGISTERS \
-      "}, "                                                                                       \
-      "%" r0 ", %" r1 ", p, 1, 1, %" r3 ", %" r4 ";}",                                            \
-      (WGMMA_ACC_##REGISTERS),                                                                    \
-      (PTX_IN_L(a_descriptor), PTX_IN_L(b_descriptor), PTX_IN_R(static_cast<int>(accumulate)),    \
-       PTX_IN_N(static_cast<int>(kMajorA)), PTX_IN_N(static_cast<int>(kMajorB))))
-#define WGMMA_RS(N, REGISTERS, TYPE, r0, r1, r2, r3, r4, r5, r6)                                  \
-  PTX_MEMORY(                                                                                     \
-      "{.reg .pred p;\n"                                                                          \
-      "setp.ne.b32 p, %" r5                                                                       \
-      ", 0;\n"                                                                                    \
-      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##REGISTERS \
-      "}, "                                                                                       \
-      "{%" r0 ", %" r1 ", %" r2 ", %" r3 "}, %" r4 ", p, 1, 1, %" r6 ";}",                        \
-      (WGMMA_ACC_##REGISTERS),                                                                    \
-      (PTX_IN_R(a[0]), PTX_IN_R(a[1]), PTX_IN_R(a[2]), PTX_IN_R(a[3]), PTX_IN_L(b_descriptor),    \
-       PTX_IN_R(static_cast<int>(accumulate)), PTX_IN_N(static_cast<int>(kMajorB))))
+// One instruction each. The operands that follow the accumulators are numbered in the text by r0 = "REGISTERS", r1, ...
+// clang-format off
+#define WGMMA_SS(N, REGISTERS, TYPE, r0, r1, r2, r3, r4)                                                        \
+  PTX_MEMORY("{.reg .pred p;\n"                                                                                 \
+             "setp.ne.b32 p, %" r2 ", 0;\n"                                                                     \
+             "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##REGISTERS "}, "  \
+             "%" r0 ", %" r1 ", p, 1, 1, %" r3 ", %" r4 ";}",                                                   \
+             (WGMMA_ACC_##REGISTERS),                                                                           \
+             (PTX_IN_L(a_descriptor), PTX_IN_L(b_descriptor), PTX_IN_R(static_cast<int>(accumulate)),           \
+              PTX_IN_N(static_cast<int>(kMajorA)), PTX_IN_N(static_cast<int>(kMajorB))))
+#define WGMMA_RS(N, REGISTERS, TYPE, r0, r1, r2, r3, r4, r5, r6)                                                \
+  PTX_MEMORY("{.reg .pred p;\n"                                                                                 \
+             "setp.ne.b32 p, %" r5 ", 0;\n"                                                                     \
+             "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" WGMMA_TEXT_##REGISTERS "}, "  \
+             "{%" r0 ", %" r1 ", %" r2 ", %" r3 "}, %" r4 ", p, 1, 1, %" r6 ";}",                               \
+             (WGMMA_ACC_##REGISTERS),                                                                           \
+             (PTX_IN_R(a[0]), PTX_IN_R(a[1]), PTX_IN_R(a[2]), PTX_IN_R(a[3]), PTX_IN_L(b_descriptor),           \
+              PTX_IN_R(static_cast<int>(accumulate)), PTX_IN_N(static_cast<int>(kMajorB))))
+// clang-format on
 
 // wgmma_ss<Element, A's major, B's major>(acc, A, B, accumulate) and wgmma_rs<Element, B's major>(acc, a, B,
 // accumulate); accumulate = false ignores what acc held.
