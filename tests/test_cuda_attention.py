@@ -125,6 +125,29 @@ def test_lengths_of_sequences(num_queries, is_causal):
             assert not result.out[batch].any() and result.aux.tau[batch].isposinf().all()
 
 
+def test_no_keys_and_no_queries():
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 2, 70, 64), BF16)
+    query, key, value = (t.to(library.device()) for t in (query, key, value))
+    run = library.forward(library.build(), query, key[:, :, :0], value[:, :, :0])
+    assert not run.out.any() and run.tau.isposinf().all() and not run.support_size.any()
+    grads = library.backward(library.build(), run, torch.ones_like(run.out))
+    assert not grads.query.any() and grads.key.numel() == 0
+    assert library.forward(library.build(), query[:, :, :0], key, value).out.shape == (1, 2, 0, 64)
+
+
+@pytest.mark.parametrize("wanted", ["query", "key", "value"])
+def test_gradients_that_are_not_wanted(wanted):
+    query, key, value, grad_out = (t.to(library.device()) for t in cases.inputs("gaussian", Shape(1, 1, 70, 90), BF16))
+    run = library.forward(library.build(), query, key, value)
+    every, one = (
+        library.backward(library.build(), run, grad_out),
+        library.backward(library.build(), run, grad_out, wanted=(wanted,)),
+    )
+    assert torch.equal(getattr(one, wanted), getattr(every, wanted))
+    for other in {"query", "key", "value"} - {wanted}:
+        assert getattr(one, other).isnan().all(), "written though not wanted"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_bad_query_row_poisons_itself_alone(bad):
     query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 130, 100), BF16)

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "math/block_mask.h"
+#include "math/entmax.h"
 #include "math/histogram.h"
 
 namespace adasplash2::cuda {
@@ -64,7 +65,8 @@ struct OutputConfig {
   static constexpr int kStages = 2;
   // Two accumulators (A_p and A_w) of 16 rows a warp fill the registers at 128 columns; wider values take more blocks.
   static constexpr int kValueChunk = kHeadDim <= 128 ? kHeadDim : 128;
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64;
+  template <AlphaKind kKind>  // the power function needs registers too
+  static constexpr bool kQueryInRegisters = kHeadDim <= 64 || (kHeadDim <= 128 && kKind != AlphaKind::kGeneral);
 
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kKeyBytes = kStages * kBlockN * kHeadDim * 2;

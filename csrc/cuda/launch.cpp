@@ -45,17 +45,20 @@ const Passes& find_passes(const AttentionProblem& problem) {
 }
 
 void require_aligned(const Rows& rows, DataType dtype, const char* name) {
-  require(rows.data != nullptr, std::string(name) + " is missing");
   require(is_aligned(rows, dtype), std::string(name) + ": rows must be 16-byte aligned");
 }
 
-void require_aligned_inputs(const AttentionProblem& problem) {
-  require_aligned(problem.query, problem.dtype, "query");
-  require_aligned(problem.key, problem.dtype, "key");
-  require_aligned(problem.value, problem.dtype, "value");
+void require_present(const Rows& rows, DataType dtype, const char* name) {
+  require(rows.data != nullptr, std::string(name) + " is missing");
+  require_aligned(rows, dtype, name);
 }
 
-bool is_empty(const AttentionProblem& problem) { return num_rows_in_all(problem) == 0 || problem.num_keys == 0; }
+void require_inputs(const AttentionProblem& problem) {
+  require_present(problem.query, problem.dtype, "query");
+  if (problem.num_keys == 0) return;
+  require_present(problem.key, problem.dtype, "key");
+  require_present(problem.value, problem.dtype, "value");
+}
 
 }  // namespace
 
@@ -88,6 +91,7 @@ void require_supported(const AttentionProblem& problem) {
   if (!(problem.scale > 0.0) || !std::isfinite(problem.scale)) not_built("scale must be positive on CUDA");
   const int64_t largest_dim = std::max(problem.head_dim, problem.value_head_dim);
   if (largest_dim > kLargestHeadDim) not_built("head dims above 256 are not built for CUDA");
+  require(problem.head_dim > 0 && problem.value_head_dim > 0, "head dims must be positive");
   if (problem.head_dim % 8 != 0 || problem.value_head_dim % 8 != 0) {
     not_built("head dims that are not multiples of 8 are not built for CUDA");
   }
@@ -102,10 +106,10 @@ void require_supported(const AttentionProblem& problem) {
 void forward(const Forward& call) {
   const AttentionProblem& problem = call.problem;
   require_supported(problem);
-  if (is_empty(problem)) throw NotBuilt("adasplash2: empty tensors are not built for CUDA");
-  require_aligned_inputs(problem);
-  require_aligned(call.out, problem.dtype, "out");
-  if (call.gap_mean_v.data != nullptr) require_aligned(call.gap_mean_v, problem.dtype, "gap_mean_v");
+  if (num_rows_in_all(problem) == 0) return;
+  require_inputs(problem);
+  require_present(call.out, problem.dtype, "out");
+  require_aligned(call.gap_mean_v, problem.dtype, "gap_mean_v");
 
   uint8_t* bytes = static_cast<uint8_t*>(call.workspace);
   ForwardWorkspace workspace;
@@ -122,10 +126,10 @@ void forward(const Forward& call) {
 void backward(const Backward& call) {
   const AttentionProblem& problem = call.problem;
   require_supported(problem);
-  if (is_empty(problem)) throw NotBuilt("adasplash2: empty tensors are not built for CUDA");
-  require_aligned_inputs(problem);
-  require_aligned(call.gap_mean_v, problem.dtype, "gap_mean_v");
-  require_aligned(call.grad_out, problem.dtype, "grad_out");
+  if (num_rows_in_all(problem) == 0) throw NotBuilt("adasplash2: gradients of no query rows are not built for CUDA");
+  require_inputs(problem);
+  require_present(call.gap_mean_v, problem.dtype, "gap_mean_v");
+  require_present(call.grad_out, problem.dtype, "grad_out");
   require_aligned(call.grad_query, problem.dtype, "grad_query");
   require_aligned(call.grad_key, problem.dtype, "grad_key");
   require_aligned(call.grad_value, problem.dtype, "grad_value");

@@ -25,9 +25,9 @@ struct Backward {
   const uint32_t* block_mask = nullptr;  //
   Rows gap_mean_v;                       //
   Rows grad_out;                         // (B, H, Nq, Dv)
-  Rows grad_query;                       // (B, H, Nq, D)
-  Rows grad_key;                         // (B, Hkv, Nk, D)
-  Rows grad_value;                       // (B, Hkv, Nk, Dv)
+  Rows grad_query;                       // (B, H, Nq, D), data nullable: not wanted
+  Rows grad_key;                         // (B, Hkv, Nk, D), data nullable
+  Rows grad_value;                       // (B, Hkv, Nk, Dv), data nullable
   void* workspace = nullptr;             // backward_workspace_bytes(problem), 16-byte aligned
   void* stream = nullptr;                // cudaStream_t
 };
@@ -39,6 +39,7 @@ int64_t backward_workspace_bytes(const AttentionProblem& problem);
 // Rows must start on 16 bytes and their strides be multiples of 16 bytes; the caller copies others.
 bool is_aligned(const Rows& rows, DataType dtype);
 
+// No rows of query is nothing to do, no keys is rows without keys; other empty tensors are the caller's.
 // Throws NotBuilt, naming the option, for what these kernels cannot do, std::invalid_argument for what nothing can.
 void require_supported(const AttentionProblem& problem);
 

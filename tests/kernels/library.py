@@ -269,7 +269,14 @@ class Gradients:
     counters: dict[str, int]
 
 
-def backward(library: emulator.Library | GpuLibrary, run: Run, grad_out: Tensor, seed: int = 0) -> Gradients:
+def backward(
+    library: emulator.Library | GpuLibrary,
+    run: Run,
+    grad_out: Tensor,
+    seed: int = 0,
+    wanted: Sequence[str] = ("query", "key", "value"),
+) -> Gradients:
+    """Gradients that are not wanted stay NaN."""
     inputs = run.inputs
     grads = {
         f"grad_{name}": _empty_like_poison(inputs[name].shape, grad_out.dtype) for name in ("query", "key", "value")
@@ -277,7 +284,8 @@ def backward(library: emulator.Library | GpuLibrary, run: Run, grad_out: Tensor,
     workspace = _empty_like_poison((_bytes(library, "backward_workspace_bytes", run.problem),), torch.int8)
     call = Backward(
         run.problem, run.tau.data_ptr(), run.block_mask_words.data_ptr(), Rows.of(run.gap_mean_v), Rows.of(grad_out),
-        *(Rows.of(grad) for grad in grads.values()), workspace.data_ptr(),
+        *(Rows.of(grad if name.removeprefix("grad_") in wanted else None) for name, grad in grads.items()),
+        workspace.data_ptr(),
         torch.cuda.current_stream().cuda_stream if has_gpu() else None,
     )  # fmt: skip
     tensors = inputs | grads | {

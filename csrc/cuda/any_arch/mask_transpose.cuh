@@ -1,6 +1,6 @@
 // The block mask from rows to columns (block_mask.h): the backward pass of keys and values walks columns.
 //
-// One warp turns 32 row groups x 32 key tiles: 32 words in, 32 words out. Grid (key words, group words, B * H).
+// One warp turns 32 row groups x 32 key tiles: 32 words in, 32 words out. Grid (B * H, group words, key words).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,9 +21,9 @@ struct MaskTransposeParams {
 
 static __global__ void __launch_bounds__(kWarpSize) mask_transpose_kernel(const MaskTransposeParams params) {
   const BlockMaskShape& shape = params.shape;
-  const int key_word = blockIdx.x, group_word = blockIdx.y, lane = threadIdx.x;
-  const uint32_t* g_rows = params.rows + blockIdx.z * shape.row_words();
-  uint32_t* g_columns = params.columns + blockIdx.z * shape.column_words();
+  const int key_word = blockIdx.z, group_word = blockIdx.y, lane = threadIdx.x;
+  const uint32_t* g_rows = params.rows + blockIdx.x * shape.row_words();
+  uint32_t* g_columns = params.columns + blockIdx.x * shape.column_words();
 
   const int group = group_word * 32 + lane;
   const uint32_t row = group < shape.num_row_groups ? g_rows[int64_t(group) * shape.key_words() + key_word] : 0;

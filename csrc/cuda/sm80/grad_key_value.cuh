@@ -2,7 +2,7 @@
 // section 5). The heads of a group are added up inside the block, in a fixed order: no atomics, the same bits each run.
 //
 //   in   query, key, value, grad_out, tau, delta, block_mask by columns
-//   out  grad_key (B, Hkv, Nk, D), grad_value (B, Hkv, Nk, Dv)
+//   out  grad_key (B, Hkv, Nk, D), grad_value (B, Hkv, Nk, Dv), data nullable: not wanted
 //
 // Grid (key tiles, Hkv * chunks of gradient columns, B). A warp owns 16 keys and works on the transposes S^T = K Q^T
 // and dP^T = V dO^T, so that P^T and dS^T are left operands without passing through shared memory. Four products a
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
     Element* g_rows = head_rows<Element>(rows, batch, kv_head) + warp_key * rows.stride_row + grad_begin;
     store_rows(g_rows, rows.stride_row, acc, num_keys - warp_key, num_cols - grad_begin);
   };
-  store(params.grad_key, grad_key, head_dim);
-  store(params.grad_value, grad_value, value_head_dim);
+  if (params.grad_key.data != nullptr) store(params.grad_key, grad_key, head_dim);
+  if (params.grad_value.data != nullptr) store(params.grad_value, grad_value, value_head_dim);
 }
 
 }  // namespace adasplash2::cuda

@@ -68,14 +68,17 @@ struct Instance {
 
     GradParams grad{problem,       call.tau,        workspace.delta, call.block_mask,
                     call.grad_out, call.grad_query, call.grad_key,   call.grad_value};
-    launch_kernel(grad_query_kernel<Element, kHeadDim, kKind>,
-                  grid_of(problem, ceil_div<int64_t>(problem.num_queries, Query::kBlockM), problem.num_heads),
-                  dim3(Query::kThreads), Query::kSmemBytes, stream, grad);
+    if (call.grad_query.data != nullptr) {
+      launch_kernel(grad_query_kernel<Element, kHeadDim, kKind>,
+                    grid_of(problem, ceil_div<int64_t>(problem.num_queries, Query::kBlockM), problem.num_heads),
+                    dim3(Query::kThreads), Query::kSmemBytes, stream, grad);
+    }
+    if (problem.num_keys == 0 || (call.grad_key.data == nullptr && call.grad_value.data == nullptr)) return;
 
     const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
     launch_kernel(
         mask_transpose_kernel,
-        dim3(shape.key_words(), shape.group_words(), static_cast<unsigned>(problem.batch * problem.num_heads)),
+        dim3(static_cast<unsigned>(problem.batch * problem.num_heads), shape.group_words(), shape.key_words()),
         dim3(kWarpSize), 0, stream, MaskTransposeParams{shape, call.block_mask, workspace.column_mask});
     grad.block_mask = workspace.column_mask;
     const int64_t largest_dim = problem.head_dim > problem.value_head_dim ? problem.head_dim : problem.value_head_dim;

@@ -85,7 +85,8 @@ template <typename Element, int kHeadDim, AlphaKind kKind>
 __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
     output_kernel(const OutputParams params) {
   using Config = OutputConfig<kHeadDim>;
-  using Fragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kHeadDim>, RowFragmentsInSmem<kHeadDim>>;
+  using Fragments = std::conditional_t<Config::template kQueryInRegisters<kKind>, RowFragments<kHeadDim>,
+                                       RowFragmentsInSmem<kHeadDim>>;
   constexpr int kFragmentsN = Config::kKeysPerStep / kMmaN;
   constexpr int kFragmentsV = Config::kValueChunk / kMmaN;
   constexpr int kKeyStageBytes = Config::kBlockN * kHeadDim * 2;
