@@ -17,6 +17,7 @@ void set_error(const std::string& text) { last_error = text; }
 
 }  // namespace simt
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 const char* simt_error() { return simt::last_error.c_str(); }
@@ -34,3 +35,4 @@ uint64_t simt_counter(int index) { return reinterpret_cast<const uint64_t*>(&sim
 void simt_reset_counters() { simt::counters = {}; }
 
 }  // extern "C"
+#pragma GCC visibility pop
