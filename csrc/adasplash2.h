@@ -31,6 +31,28 @@ struct AttentionBackward : AttentionProblem {
   double* grad_alpha = nullptr;           // (B, H) contiguous, nullable
 };
 
+// entmax along the middle dimension of dense (outer, length, inner) tensors: outer * inner slices.
+struct EntmaxProblem {
+  DataType dtype = DataType::kFloat32;  // of every tensor but alpha and its gradient
+  int64_t outer = 0;
+  int64_t length = 0;
+  int64_t inner = 0;
+  double alpha = 1.5;                    // used where alpha_slices is null
+  const double* alpha_slices = nullptr;  // (outer, inner), nullable
+};
+
+struct EntmaxForward : EntmaxProblem {
+  const void* x = nullptr;  // (outer, length, inner)
+  void* prob = nullptr;     // (outer, length, inner)
+};
+
+struct EntmaxBackward : EntmaxProblem {
+  const void* prob = nullptr;       // (outer, length, inner), as the forward pass left it
+  const void* grad_prob = nullptr;  // (outer, length, inner)
+  void* grad_x = nullptr;           // (outer, length, inner), nullable: not wanted
+  double* grad_alpha = nullptr;     // (outer, inner), nullable
+};
+
 // Runs body(0) .. body(num_threads - 1) at the same time; exceptions come back to the caller.
 struct Parallel {
   int num_threads = 1;
@@ -45,6 +67,8 @@ constexpr int64_t kHeadDimMultiple = 16;
 int64_t support_bytes(const AttentionProblem& problem);
 void attention_forward(const AttentionForward& params, const Parallel& parallel);
 void attention_backward(const AttentionBackward& params, const Parallel& parallel);
+void entmax_forward(const EntmaxForward& params, const Parallel& parallel);
+void entmax_backward(const EntmaxBackward& params, const Parallel& parallel);
 
 // Instruction sets this machine can run, slowest first, and the one in use.
 std::vector<std::string> isa_levels();

@@ -81,10 +81,12 @@ void attention_backward(const AttentionBackward& params, const Parallel& paralle
 }
 
 void entmax_forward(const EntmaxForward& params, const Parallel& parallel) {
+  if (params.outer * params.length * params.inner == 0) return;
   chosen().load()->entmax_forward(params, parallel);
 }
 
 void entmax_backward(const EntmaxBackward& params, const Parallel& parallel) {
+  if (params.outer * params.length * params.inner == 0) return;
   chosen().load()->entmax_backward(params, parallel);
 }
 
