@@ -66,7 +66,7 @@ struct OutputConfig {
   // Two accumulators (A_p and A_w) of 16 rows a warp fill the registers at 128 columns; wider values take more blocks.
   static constexpr int kValueChunk = kHeadDim <= 128 ? kHeadDim : 128;
   template <AlphaKind kKind>  // the power function needs registers too
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64 || (kHeadDim <= 128 && kKind != AlphaKind::kGeneral);
+  static constexpr bool kQueryInRegisters = kHeadDim <= 128 && kKind != AlphaKind::kGeneral;
 
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kKeyBytes = kStages * kBlockN * kHeadDim * 2;
