@@ -415,7 +415,7 @@ def test_double_backward_is_refused():
 
 
 def test_functional_transforms():
-    """Forward mode is refused, also where only tangents need it; the rest works as for any operator, or says why not."""
+    """Forward mode is refused, also where nothing but the tangents would have been lost."""
     x, tangent = torch.randn(4, 5), torch.randn(4, 5)
     with pytest.raises(NotImplementedError, match=r"adasplash2\.entmax: forward-mode"):
         torch.func.jvp(adasplash2.entmax15, (x,), (tangent,))
