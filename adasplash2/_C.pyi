@@ -1,5 +1,6 @@
 version: str
 has_cuda: bool
+cuda_missing: str
 support_layout: tuple[int, int, int]
 
 def isa_levels() -> list[str]: ...

@@ -131,7 +131,7 @@ def _check_inputs(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> None:
     name = "adasplash2.entmax_attention"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise NotImplementedError(f"{name}: functional transforms (torch.func) are not supported; expected plain tensors")
     for label, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
@@ -280,11 +280,21 @@ def _softmax_attention(
     if return_aux:
         raise NotImplementedError("adasplash2.entmax_attention: return_aux is not built for alpha = 1 (softmax)")
     num_queries, num_keys = query.shape[-2], key.shape[-2]
-    if key_lengths is not None:
-        raise NotImplementedError("adasplash2.entmax_attention: key_lengths is not built for alpha = 1 (softmax)")
-    if is_causal and num_queries != num_keys:
+    padding = None
+    if is_causal and (num_queries != num_keys or key_lengths is not None):
         attn_mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
         is_causal = False
-    return scaled_dot_product_attention(
+    if key_lengths is not None:
+        batch_shape = _batch_shape(query, key, value)
+        lengths = _check_key_lengths(key_lengths, batch_shape, query).reshape(*batch_shape, 1, 1, 1)
+        takes_part = torch.arange(num_keys, device=query.device) < lengths
+        if attn_mask is None or attn_mask.dtype == torch.bool:
+            attn_mask = takes_part if attn_mask is None else takes_part & attn_mask
+        else:
+            attn_mask = attn_mask.masked_fill(~takes_part, -math.inf)
+        if num_queries == num_keys:
+            padding = ~takes_part.transpose(-2, -1)
+    out = scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
     )
+    return out if padding is None else out.masked_fill(padding, 0.0)

@@ -260,6 +260,10 @@ AttentionResult attention_autograd(const Tensor& query, const Tensor& key, const
                                    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                                    const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
                                    bool want_block_mask) {
+  for (const Tensor* tensor : {&query, &key, &value}) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(/*level=*/0).defined(),
+                                "adasplash2.entmax_attention: forward-mode automatic differentiation is not built");
+  }
   const auto needs_grad = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
   if (!at::GradMode::is_enabled() || !(query.requires_grad() || key.requires_grad() || value.requires_grad() ||
                                        needs_grad(attn_mask) || needs_grad(alpha_heads))) {
@@ -328,6 +332,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of adasplash2; importing it registers torch.ops.adasplash2.";
   m.attr("version") = ADASPLASH2_VERSION;
   m.attr("has_cuda") = false;
+  m.attr("cuda_missing") = "this build has only the CPU kernels";
   m.attr("support_layout") = py::make_tuple(cpu::kRowBlock, cpu::kSavedPerRow, cpu::SupportLayout::kHeaderBytes);
   m.def("isa_levels", &cpu::isa_levels, "Instruction sets this machine can run, slowest first.");
   m.def("isa", &cpu::isa, "The instruction set in use.");

@@ -320,11 +320,6 @@ struct FiledEntries {
   Buffer<int32_t> count;  // [chunk][Nk]; then where the chunk's next entry of the key goes; in the end where they end
 };
 
-// Rows with long lists are taken by ranges of keys, so that the rows of K and V that a block gathers stay in the cache
-// from one row to the next; a range should still have this many entries of a row, to fill the vectors of its products.
-constexpr int64_t kEntriesPerRange = 32;
-constexpr int64_t kKeysPerRange = 512;  // at least
-
 template <class Element>
 class RowStepWorker {
   using Real = Accumulator<Element>;
@@ -350,33 +345,6 @@ class RowStepWorker {
   }
 
  private:
-  // A row's saved list, the part of it that is done, and where its prob and dS lie in prob_ and grad_.
-  struct Row {
-    const Real* gap;
-    const int32_t* column;
-    int64_t size, done, offset;
-  };
-
-  // function(row of the block, its first entry, number of entries), ranges of keys from the last to the first (the order
-  // in which the scan left them), rows in order within a range.
-  template <class Function>
-  void for_ranges(int64_t num_rows, int64_t num_entries, Function function) {
-    const int64_t fitting = num_entries / (num_rows * kEntriesPerRange);
-    const int64_t num_ranges = std::clamp<int64_t>(fitting, 1, (params_.num_keys + kKeysPerRange - 1) / kKeysPerRange);
-    const int64_t num_panels = (params_.num_keys + kPanelCols - 1) / kPanelCols;
-    for (int64_t row = 0; row < num_rows; ++row) rows_[row].done = 0;
-    for (int64_t range = num_ranges - 1; range >= 0; --range) {
-      const int32_t first_key = static_cast<int32_t>(num_panels * range / num_ranges * kPanelCols);
-      for (int64_t row = 0; row < num_rows; ++row) {
-        Row& list = rows_[row];
-        const int64_t begin = list.done;
-        if (range == 0) list.done = list.size;
-        while (list.done < list.size && list.column[list.done] >= first_key) ++list.done;
-        if (list.done > begin) function(row, begin, list.done - begin);
-      }
-    }
-  }
-
   template <Exponent kExponent>
   void run(const HeadView<Element>& view, int64_t kv, int64_t block_of_kv, int32_t* next, Entry<Real>* entries,
            const Power<Real, kExponent>& power) {
@@ -388,27 +356,27 @@ class RowStepWorker {
     const RowGradient<Real, kExponent> gradient{power, view.alpha};
 
     const char* saved = context_.region(kv, block_of_kv) + SupportLayout::kHeaderBytes;
-    int64_t num_entries = 0, offset = 0;
+    int64_t offset = 0;
     for (int64_t row = 0; row < num_rows; ++row) {
       const int64_t size = params_.support_size[context_.row_index(view, first_row + row)];
-      rows_[row] = {reinterpret_cast<const Real*>(saved), reinterpret_cast<const int32_t*>(saved + size * layout.real_bytes),
-                    size, 0, offset};
+      gap_[row] = reinterpret_cast<const Real*>(saved);
+      lists_[row] = {reinterpret_cast<const int32_t*>(saved + size * layout.real_bytes), size};
+      offset_[row] = offset;
       saved += size * layout.entry_bytes();
-      num_entries += size;
       offset += size + kLanes<Real>;  // products are written up to a vector past a range's end
       widen_row(row_pointer<Element>(params_.grad_out, view.batch, view.head, first_row + row), value_dim,
                 grad_out_.data() + row * value_dim);
     }
 
     // dP on the support; what a range writes past its end is overwritten by the next one.
-    for_ranges(num_rows, num_entries, [&](int64_t row, int64_t begin, int64_t count) {
-      gather_dot(grad_out_.data() + row * value_dim, values, value_dim, rows_[row].column + begin, count,
-                 grad_.data() + rows_[row].offset + begin);
+    for_key_ranges(lists_, num_rows, params_.num_keys, values, value_dim, [&](int64_t row, int64_t begin, int64_t count) {
+      gather_dot(grad_out_.data() + row * value_dim, values, value_dim, lists_[row].column + begin, count,
+                 grad_.data() + offset_[row] + begin);
     });
     for (int64_t row = 0; row < num_rows; ++row) {
-      const Row& list = rows_[row];
-      Real *prob = prob_.data() + list.offset, *grad = grad_.data() + list.offset;
-      std::memcpy(prob, list.gap, list.size * sizeof(Real));
+      const ColumnList& list = lists_[row];
+      Real *prob = prob_.data() + offset_[row], *grad = grad_.data() + offset_[row];
+      std::memcpy(prob, gap_[row], list.size * sizeof(Real));
       fill_row(prob + list.size, kLanes<Real>, Real(0));
       if (params_.grad_alpha != nullptr) {
         context_.alpha_rows[context_.row_index(view, first_row + row)] = gradient.gradient_by_alpha(prob, grad, list.size);
@@ -420,9 +388,9 @@ class RowStepWorker {
       }
     }
     std::fill_n(grad_query_.data(), num_rows * key_dim, Real(0));
-    for_ranges(num_rows, num_entries, [&](int64_t row, int64_t begin, int64_t count) {
-      const int32_t* column = rows_[row].column + begin;
-      const Real *prob = prob_.data() + rows_[row].offset + begin, *grad = grad_.data() + rows_[row].offset + begin;
+    for_key_ranges(lists_, num_rows, params_.num_keys, keys, key_dim, [&](int64_t row, int64_t begin, int64_t count) {
+      const int32_t* column = lists_[row].column + begin;
+      const Real *prob = prob_.data() + offset_[row] + begin, *grad = grad_.data() + offset_[row] + begin;
       if (params_.grad_query.data != nullptr) {
         gather_sum<true>(keys, key_dim, column, grad, count, grad_query_.data() + row * key_dim);
       }
@@ -440,7 +408,10 @@ class RowStepWorker {
   BackwardContext<Element>& context_;
   const AttentionBackward& params_;
   FiledEntries<Real>& filed_;
-  Row rows_[kRowBlock];
+  // The block's saved lists, and where a row's prob and dS lie in prob_ and grad_.
+  ColumnList lists_[kRowBlock];
+  const Real* gap_[kRowBlock];
+  int64_t offset_[kRowBlock];
   Buffer<Real> grad_out_, grad_query_;  // [kRowBlock, Dv], [kRowBlock, D]
   Buffer<Real> prob_, grad_;            // of the block's entries
 };
@@ -532,6 +503,16 @@ class ListGradients {
     return part.first_entry + (key == 0 ? 0 : count(part.last_chunk - 1)[key - 1]);
   }
 
+  // The rows of Q and dO that the next key's first entries name.
+  static void prefetch_rows(const MatrixView<Element>& queries, int64_t key_dim, const MatrixView<Element>& grad_outs,
+                            int64_t value_dim, const Entry<Real>* begin, const Entry<Real>* end) {
+    constexpr int64_t kPrefetchedEntries = 16, kLine = 64 / sizeof(Element);
+    for (const Entry<Real>* entry = begin; entry < std::min(end, begin + kPrefetchedEntries); ++entry) {
+      for (int64_t d = 0; d < key_dim; d += kLine) __builtin_prefetch(queries.row(entry->row) + d);
+      for (int64_t d = 0; d < value_dim; d += kLine) __builtin_prefetch(grad_outs.row(entry->row) + d);
+    }
+  }
+
   // dK and dV of a block of keys from the entries filed under them.
   void sum_key_block(const WavePart& part, int64_t first_key, int64_t chunks_at_once, Real* sums) {
     const int64_t last_key = std::min(params_.num_keys, first_key + kKeyBlock), slot = slot_[part.kv];
@@ -552,6 +533,7 @@ class ListGradients {
       for (int64_t key = first_key; key < last_key; ++key) {
         const int64_t begin = entries_end(part, chunk, key), size = entries_end(part, next, key) - begin;
         const Entry<Real>* entries = filed_.data.data() + begin;
+        prefetch_rows(queries, key_dim, grad_outs, value_dim, entries + size, filed_.data.data() + entries_end(part, next, last_key - 1));
         const auto row_of = [=](int64_t j) { return entries[j].row; };
         if (params_.grad_key.data != nullptr) {
           gather_sum<true>(queries, key_dim, size, row_of, [=](int64_t j) { return entries[j].grad_score; },

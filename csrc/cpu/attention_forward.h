@@ -118,6 +118,7 @@ constexpr int64_t kStripPanels = 4;       // so few keys are always done in stri
 constexpr float kStripDensity = 0.12f;    // strips are faster where rows keep more than this part of their keys
 constexpr int64_t kFirstEstimate = 4;     // panels scanned before the first estimate of that part; then 8, 16, ...
 constexpr int64_t kEstimatedRows = 8;     // every so many rows are asked
+constexpr int64_t kSampledCols = 256;     // of a strip row, for the first guess at its tau
 
 // ---- one task ---------------------------------------------------------------------------------------------------------
 
@@ -129,7 +130,7 @@ class ForwardWorker {
   ForwardWorker(const AttentionForward& params, ScanKeys<Element>& keys)
       : params_(params), keys_(keys), layout_(params), lists_(std::make_unique<RowLists<Real>>()) {
     groups_.reserve(kRowBlock * params.head_dim);
-    query_row_.reserve(params.head_dim);
+    query_rows_.reserve(kRowBlock * params.head_dim);
     out_rows_.reserve(kRowBlock * params.value_head_dim);
   }
 
@@ -148,7 +149,9 @@ class ForwardWorker {
     const Power<Real, kExponent> power(view.alpha);
     begin_block(view, block, block_index);
     if (block.num_panels > kStripPanels && scan(view, block, power)) {
-      for (int64_t row = 0; row < block.num_rows; ++row) finish_row(view, block, row, power);
+      for (int64_t row = 0; row < block.num_rows; ++row) prune(*lists_, row, power, view.units.unit);
+      if (!is_exact_) score_candidates(view, block);
+      for (int64_t row = 0; row < block.num_rows; ++row) solve_row(view, block, row, power);
       if (saved_block_ != nullptr) *saved_block_ = entries_used_ <= layout_.block_capacity;
       sum_values(view, block);
     } else {
@@ -222,9 +225,10 @@ class ForwardWorker {
       if (num_seen < kPanelCols || lists_->is_poisoned[row] || size == 0) continue;
       pad(lists_->score[row], size);
       const Real score_max = list_max(lists_->score[row], size).max;
-      const Real start = std::max(lists_->lower[row], score_max - 1 / unit);
-      kept += list_sampled_support(power, lists_->score[row], size, start, unit,
-                                   static_cast<Real>(num_seen) / static_cast<Real>(block.key_end[row]));
+      const Real start = std::max(lists_->lower[row] - score_max, -1 / unit);
+      const Real fraction = static_cast<Real>(num_seen) / static_cast<Real>(block.key_end[row]);
+      const Real t = list_sampled_tau(power, lists_->score[row], size, score_max, start, unit, fraction);
+      kept += list_count_above(lists_->score[row], size, score_max + t);
       seen += num_seen;
     }
     return seen == 0 ? 0.0f : static_cast<float>(kept) / static_cast<float>(seen);
@@ -254,19 +258,26 @@ class ForwardWorker {
     return false;
   }
 
-  // The true scores of a row's candidates.
-  void score_candidates(const HeadView<Element>& view, const RowBlock& block, int64_t row) {
+  // The true scores of all candidates.
+  void score_candidates(const HeadView<Element>& view, const RowBlock& block) {
     const int64_t dim = params_.head_dim;
-    const Element* query = view.query(block.first_row + row);
-    for (int64_t d = 0; d < dim; d += kLanes<Real>) store(query_row_.data() + d, load(query + d) * view.units.query_factor);
+    for (int64_t row = 0; row < block.num_rows; ++row) {
+      columns_[row] = {lists_->column[row], lists_->size[row]};
+      const Element* query = view.query(block.first_row + row);
+      for (int64_t d = 0; d < dim; d += kLanes<Real>) {
+        store(query_rows_.data() + row * dim + d, load(query + d) * view.units.query_factor);
+      }
+    }
     const MatrixView<Element> keys{view.key(0), params_.key.stride_row};
-    gather_dot(query_row_.data(), keys, dim, lists_->column[row], lists_->size[row], lists_->score[row]);
+    for_key_ranges(columns_, block.num_rows, params_.num_keys, keys, dim, [&](int64_t row, int64_t begin, int64_t count) {
+      gather_dot(query_rows_.data() + row * dim, keys, dim, columns_[row].column + begin, count, lists_->score[row] + begin);
+    });
   }
 
+  // Scores -> tau, gaps (saved) and probabilities (kept in the lists).
   template <Exponent kExponent>
-  void finish_row(const HeadView<Element>& view, const RowBlock& block, int64_t row, const Power<Real, kExponent>& power) {
+  void solve_row(const HeadView<Element>& view, const RowBlock& block, int64_t row, const Power<Real, kExponent>& power) {
     const Real unit = view.units.unit;
-    prune(*lists_, row, power, unit);
     Real* score = lists_->score[row];
     int32_t* column = lists_->column[row];
     int64_t size = lists_->size[row];
@@ -278,17 +289,15 @@ class ForwardWorker {
       set_row(row, 0, kInfinity<Real>, unit, 0);
       return;
     }
-    if (!is_exact_) score_candidates(view, block, row);
     pad(score, size);
     const Real score_max = list_max(score, size).max;
-    for (int64_t j = 0; j < size; j += kLanes<Real>) store(score + j, load(score + j) - score_max);
-    pad(score, size);
     const Real start = std::max(lists_->lower[row] + lists_->margin[row] / 2 - score_max, -1 / unit);
-    const Real tau_shifted = list_tau(power, score, size, start, unit);
-    size = list_keep_above(score, column, size, tau_shifted);
+    const Real tau_shifted = list_tau(power, score, size, score_max, start, unit);
+    for (int64_t j = 0; j < size; j += kLanes<Real>) store(score + j, ((load(score + j) - score_max) - tau_shifted) * unit);
+    pad(score, size);
+    size = list_keep_above(score, column, size, Real(0));  // scores have become gaps
     lists_->size[row] = static_cast<int32_t>(size);
     set_row(row, score_max, tau_shifted, unit, size);
-    for (int64_t j = 0; j < size; j += kLanes<Real>) store(score + j, (load(score + j) - tau_shifted) * unit);
     if (entries_ != nullptr && entries_used_ + size <= layout_.block_capacity) {
       char* saved = entries_ + entries_used_ * layout_.entry_bytes();
       std::memcpy(saved, score, size * sizeof(Real));
@@ -305,11 +314,12 @@ class ForwardWorker {
   void sum_values(const HeadView<Element>& view, const RowBlock& block) {
     const int64_t dim = params_.value_head_dim;
     const MatrixView<Element> values{view.value(0), params_.value.stride_row};
-    for (int64_t row = 0; row < block.num_rows; ++row) {
-      Real* out = out_rows_.data();
-      gather_sum<false>(values, dim, lists_->column[row], lists_->score[row], lists_->size[row], out);
-      write_out(view, block, row, out);
-    }
+    std::fill_n(out_rows_.data(), block.num_rows * dim, Real(0));
+    for (int64_t row = 0; row < block.num_rows; ++row) columns_[row] = {lists_->column[row], lists_->size[row]};
+    for_key_ranges(columns_, block.num_rows, params_.num_keys, values, dim, [&](int64_t row, int64_t begin, int64_t count) {
+      gather_sum<true>(values, dim, columns_[row].column + begin, lists_->score[row] + begin, count, out_rows_.data() + row * dim);
+    });
+    for (int64_t row = 0; row < block.num_rows; ++row) write_out(view, block, row, out_rows_.data() + row * dim);
   }
 
   void write_out(const HeadView<Element>& view, const RowBlock& block, int64_t row, const Real* out) {
@@ -355,13 +365,16 @@ class ForwardWorker {
       fill_row(score, num_cols, Real(0));
       return;
     }
-    for (int64_t j = 0; j < num_cols; j += kLanes<Real>) store(score + j, load(score + j) - top.max);
-    const Real tau_shifted = list_tau(power, score, num_cols, -1 / unit, unit);
+    // Start from the tau of a part of the row that stands for all of it.
+    const int64_t num_seen = std::min(num_cols, kSampledCols);
+    const Real fraction = static_cast<Real>(num_seen) / static_cast<Real>(num_cols);
+    const Real start = list_sampled_tau(power, score, num_seen, top.max, -1 / unit, unit, fraction);
+    const Real tau_shifted = list_tau(power, score, num_cols, top.max, start, unit);
     int64_t size = 0;
     for (int64_t first_key = 0; first_key < num_cols; first_key += kPanelCols) {
       int64_t size_of_panel = 0;
       for (int64_t j = first_key; j < first_key + kPanelCols; j += kLanes<Real>) {
-        const Vector<Real> gap = max<Real>((load(score + j) - tau_shifted) * unit, Vector<Real>{});
+        const Vector<Real> gap = max<Real>(((load(score + j) - top.max) - tau_shifted) * unit, Vector<Real>{});
         size_of_panel += __builtin_popcount(above<Real>(gap, Vector<Real>{}));
         store(score + j, power.prob(gap));
       }
@@ -379,7 +392,8 @@ class ForwardWorker {
   QuantizedQueries quantized_queries_;
   bool is_exact_ = true;  // the lists hold scores, not candidates by quantised scores
   Buffer<Real> groups_;    // the block's queries, packed
-  Buffer<Real> query_row_;
+  Buffer<Real> query_rows_;  // [kRowBlock, D], times query_factor
+  ColumnList columns_[kRowBlock];
   Buffer<Real> out_rows_;  // [kRowBlock, Dv]
   std::unique_ptr<RowLists<Real>> lists_;
   Strip<Real> strip_;

@@ -76,20 +76,25 @@ template <class Real>
 struct Sums {
   Real prob;
   Real weight;
+  Real count;  // of gaps above zero
 };
 
+// Sums at gap = unit * ((score - origin) - t).
 template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE Sums<Real> list_sums(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real t,
+ADASPLASH2_INLINE Sums<Real> list_sums(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real origin, Real t,
                                        Real unit) {
-  Vector<Real> prob_sum = {}, weight_sum = {};
-  const Vector<Real> threshold = broadcast(t), zero = {};
+  Vector<Real> prob_sum = {}, weight_sum = {}, count = {};
+  const Vector<Real> zero = {}, one = broadcast(Real(1));
   for (int64_t j = 0; j < size; j += kLanes<Real>) {
-    const Vector<Real> gap = max<Real>((load(score + j) - threshold) * unit, zero);
+    const Vector<Real> gap = max<Real>(((load(score + j) - origin) - t) * unit, zero);
     const Vector<Real> weight = power.weight(gap);
     weight_sum += weight;
     prob_sum += weight * gap;
+    if constexpr (kExponent == Exponent::kSquare) count += gap > zero ? one : zero;
   }
-  return {reduce_add<Real>(prob_sum), reduce_add<Real>(weight_sum)};
+  const Real weight_total = reduce_add<Real>(weight_sum);
+  if constexpr (kExponent == Exponent::kLinear) return {reduce_add<Real>(prob_sum), weight_total, weight_total};
+  else return {reduce_add<Real>(prob_sum), weight_total, reduce_add<Real>(count)};
 }
 
 template <class Real>
@@ -111,49 +116,56 @@ ADASPLASH2_INLINE int64_t list_keep_above(Real* score, int32_t* column, int64_t 
   return kept;
 }
 
-// tau of a list of finite scores, in the list's units, from a lower bound t <= tau.
+// tau - score_max of a list of finite scores, in the list's units; score_max is the list's maximum, `start` any number
+// (the closer the better). Relative to the maximum, tau has all its digits however large the scores are.
 //
-// Newton on the norm climbs towards tau from the left and converges quadratically; for alpha = 2 it ends on it, as the
-// sum is piecewise linear. For alpha = 1.5 the last step is the exact root of sum gap^2 = 1 over the keys now in the
-// support. That step is the polish only, never a bound: it is right when no key leaves.
+// From the left of tau: Newton on the norm, which never passes it; within reach of it for alpha = 1.5, the exact root of
+// sum gap^2 = 1 over the keys above t. From the right: that root too, or Newton on the sum, which is convex, and lands on
+// the left. Steps end when one is so short that what it leaves is below rounding: for alpha = 1.5 that is second order in
+// the step (only keys that it crosses count), for alpha = 2 the sum is piecewise linear and the step itself ends it.
 template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real t,
+ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real score_max, Real start,
                                 Real unit) {
-  constexpr int kMostSteps = 100;  // about 5 to 10 are usual; the bound only guards against rounding cycles
-  const Real tolerance =
-      (kExponent == Exponent::kSquare ? Real(1e-3) : 4 * std::numeric_limits<Real>::epsilon()) / unit;
+  constexpr int kMostSteps = 100;  // 3 to 6 are usual; the bound only guards against cycles by rounding
+  constexpr Real kEpsilon = std::numeric_limits<Real>::epsilon();
+  const Real tolerance = (kExponent == Exponent::kSquare ? std::sqrt(kEpsilon) / 8 : 4 * kEpsilon) / unit;
+  Real t = start;
   for (int step = 0; step < kMostSteps; ++step) {
-    const Sums<Real> sums = list_sums(power, score, size, t, unit);
-    if (!(sums.prob > 1) || !(sums.weight > 0)) break;
-    const Real increase = power.norm_step(sums.prob, sums.weight) / unit;
-    t += increase;
-    if (!(increase > tolerance)) break;
-  }
-  if constexpr (kExponent == Exponent::kSquare) {
-    for (int polish = 0; polish < 2; ++polish) {
-      const Sums<Real> sums = list_sums(power, score, size, t, unit);
-      const Real count = static_cast<Real>(list_count_above(score, size, t)), excess = sums.prob - 1;
-      const Real discriminant = sums.weight * sums.weight - count * excess;
-      if (count > 0 && discriminant > 0) t += excess / (sums.weight + std::sqrt(discriminant)) / unit;
+    const Sums<Real> sums = list_sums(power, score, size, score_max, t, unit);
+    const Real excess = sums.prob - 1;
+    if (!(sums.weight > 0)) {  // right of every score
+      t = -1 / unit;
+      continue;
     }
+    Real increase = 0;
+    if constexpr (kExponent == Exponent::kSquare) {
+      const Real discriminant = sums.weight * sums.weight - sums.count * excess;
+      increase = sums.prob < 2 && discriminant > 0 ? excess / (sums.weight + std::sqrt(discriminant))
+                                                   : power.norm_step(sums.prob, sums.weight);
+    } else {
+      increase = excess > 0 ? power.norm_step(sums.prob, sums.weight) : excess / (power.b * sums.weight);
+    }
+    increase /= unit;
+    t += increase;
+    if (std::fabs(increase) <= tolerance) break;
   }
   return t;
 }
 
-// How many keys of a list would stay in the support if the list were a sample, one in 1 / fraction, of all keys: those
-// above the t with sum prob = fraction. `start` is a lower bound on tau of the list. Newton from the left, not converged:
-// an estimate is all that is wanted.
+// How many keys of a list would stay in the support if the list were a sample, one in 1 / fraction, of all keys, and where
+// their tau - score_max would be: the t with sum prob = fraction. Newton from `start`, a lower bound on tau of the list;
+// not converged: an estimate is all that is wanted.
 template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE int64_t list_sampled_support(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real start,
-                                               Real unit, Real fraction) {
+ADASPLASH2_INLINE Real list_sampled_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real score_max,
+                                        Real start, Real unit, Real fraction) {
   constexpr int kSteps = 6;
   Real t = start;
   for (int step = 0; step < kSteps; ++step) {
-    const Sums<Real> sums = list_sums(power, score, size, t, unit);
+    const Sums<Real> sums = list_sums(power, score, size, score_max, t, unit);
     if (!(sums.prob > fraction) || !(sums.weight > 0)) break;
     t += (sums.prob - fraction) / (power.b * sums.weight) / unit;
   }
-  return list_count_above(score, size, t);
+  return t;
 }
 
 }  // namespace adasplash2::cpu::ADASPLASH2_ISA

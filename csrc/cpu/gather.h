@@ -1,7 +1,8 @@
 // Products with the few rows of a matrix that a support names: sum_j p_j row(c_j), and <x, row(c_j)> for every j.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/head_view.h"
+#include "cpu/support_layout.h"
 
 namespace adasplash2::cpu::ADASPLASH2_ISA {
 
@@ -125,6 +126,50 @@ ADASPLASH2_INLINE void gather_dot(const Accumulator<Element>* x, const MatrixVie
       store(product + j, first == 0 ? sums : load(product + j) + sums);
     }
   });
+}
+
+// The keys of one row: `size` columns in the order in which the scan left them, panels from the last to the first.
+struct ColumnList {
+  const int32_t* column;
+  int64_t size;
+};
+
+// Rows with long lists are taken by ranges of keys, so that what a block of rows gathers of a matrix stays in the cache
+// from one row to the next; a range should still have this many entries of a row, to fill the vectors of its products.
+constexpr int64_t kEntriesPerRange = 32;
+constexpr int64_t kKeysPerRange = 512;  // at least
+
+// function(row, its first entry, number of entries) for every row and range: ranges from the last to the first, the rows in
+// order within a range. The matrix' rows that the next call names are on their way while one runs.
+template <class Element, class Function>
+ADASPLASH2_INLINE void for_key_ranges(const ColumnList* lists, int64_t num_rows, int64_t num_keys,
+                                      const MatrixView<Element>& matrix, int64_t dim, Function function) {
+  constexpr int64_t kPrefetchedRows = 24;
+  const int64_t line = 64 / sizeof(Element);
+  int64_t done[kRowBlock], num_entries = 0;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    done[row] = 0;
+    num_entries += lists[row].size;
+  }
+  const int64_t fitting = num_entries / (std::max<int64_t>(num_rows, 1) * kEntriesPerRange);
+  const int64_t num_ranges = std::clamp<int64_t>(fitting, 1, (num_keys + kKeysPerRange - 1) / kKeysPerRange);
+  const int64_t num_panels = (num_keys + kPanelCols - 1) / kPanelCols;
+  for (int64_t range = num_ranges - 1; range >= 0; --range) {
+    const int32_t first_key = static_cast<int32_t>(num_panels * range / num_ranges * kPanelCols);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      if (num_ranges == 1 && row + 1 < num_rows) {
+        const ColumnList& next = lists[row + 1];
+        for (int64_t j = 0; j < std::min(next.size, kPrefetchedRows); ++j) {
+          for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(matrix.row(next.column[j]) + d);
+        }
+      }
+      const ColumnList& list = lists[row];
+      const int64_t begin = done[row];
+      if (range == 0) done[row] = list.size;
+      while (done[row] < list.size && list.column[done[row]] >= first_key) ++done[row];
+      if (done[row] > begin) function(row, begin, done[row] - begin);
+    }
+  }
 }
 
 template <class Element>

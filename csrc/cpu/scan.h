@@ -3,7 +3,7 @@
 // Operands are packed: keys in panels [panel][sub-tile][D][kTileCols], zero-padded, once per kv head; queries in groups
 // of kTileRows as [group][D][kTileRows]. A register tile of kTileRows x kTileCols accumulators is multiplied and filtered
 // without ever being written: only hits leave it, compressed into the row's list of (score, column). A list that has
-// grown by a quarter is pruned by a better bound, one Newton step from the tau of what has been seen.
+// grown by half is pruned by a better bound, one Newton step from the tau of what has been seen.
 #pragma once
 
 #include "cpu/entmax_math.h"
@@ -142,6 +142,8 @@ struct RowLists {
   }
 };
 
+constexpr int32_t kLeastGrowth = 48;  // entries; a list is pruned again when it has grown by this and by half
+
 // Raises a row's lower bound and drops what it rules out.
 template <class Real, Exponent kExponent>
 __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const Power<Real, kExponent>& power, Real unit) {
@@ -158,7 +160,7 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
   }
   const Real score_max = lists.score_max[row] = std::max(lists.score_max[row], top.max);
   Real t = std::max(lists.lower[row] + lists.margin[row], score_max - 1 / unit);
-  const Sums<Real> sums = list_sums(power, score, size, t, unit);
+  const Sums<Real> sums = list_sums(power, score, size, Real(0), t, unit);
   if (sums.prob > 1 && sums.weight > 0) t += power.norm_step(sums.prob, sums.weight) / unit;
   // Rounding: the sums of n terms are right to (n / lanes + 8) ulp, t itself to one. What the margin keeps too much is
   // dropped at the end; what it could lose would have a gap of this size.
@@ -167,7 +169,7 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
   lists.lower[row] = std::max(lists.lower[row], t - lists.margin[row]);
   const int32_t kept = static_cast<int32_t>(list_keep_above(score, lists.column[row], size, lists.lower[row]));
   lists.size[row] = lists.checked[row] = kept;
-  lists.limit[row] = kept + std::max(48, kept / 4);
+  lists.limit[row] = kept + std::max(kLeastGrowth, kept / 2);
   lists.ensure_room(row);
 }
 

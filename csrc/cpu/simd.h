@@ -65,7 +65,7 @@ constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 
 template <class Real>
 ADASPLASH2_INLINE Vector<Real> broadcast(Real x) {
-  return Vector<Real>{} + x;
+  return x - Vector<Real>{};  // not 0 + x, which is an addition: it would turn -0 into 0
 }
 
 template <class Real>
