@@ -31,7 +31,7 @@ BUGS = {
     ),
     "hits counted without an atomic": Patch(SCAN, "atomicAdd(s_bin, 1u);", "*s_bin += 1u;"),
     "stale slots are not cleared": Patch(
-        SCAN, "for (int word = 0; word < kBinWords; ++word) s_bin[word] = 0;", ""
+        SCAN, "s_bin[word] = 0;", "s_bin[word] += 0;"
     ),
     "no warp barrier between clearing and counting": Patch(
         SCAN, "raise_threshold_to_window(r, batch_max);\n      }\n    }\n    __syncwarp();",
@@ -40,14 +40,18 @@ BUGS = {
     "lists overflow": Patch(
         SCAN, "(Config::kHitsPerList - Config::kScoresPerGroup) * kListStride", "Config::kHitsPerList * kListStride"
     ),
-    "masked keys are scanned": Patch(SCAN, "if (col >= visible[2 * i + e / 2]) score[i][n][e] = -INFINITY;", ""),
+    "masked keys are scanned": Patch(
+        SCAN, "if (col >= visible[2 * i + e / 2])", "if (col >= visible[2 * i + e / 2] + 512)"
+    ),
     "the diagonal is off by one": Patch(WORK_RANGE, "row + num_keys - num_queries + 1", "row + num_keys - num_queries"),
     "tau_lower is not a lower bound": Patch(
         HISTOGRAM, "float position = smaller_root(", "float position = 0.4f + smaller_root("
     ),
-    "a dead tile for a live one": Patch(SCAN, "decode_excess(*excess_at(i, tile)) >= rise", "false"),
+    "a dead tile for a live one": Patch(SCAN, "decode_excess(*excess_at(i, tile)) >= rise", "rise < 0.0f"),
     "no swizzle on the way out": Patch(TILE + "fragment.cuh", "2 * k + lane / 8 % 2", "(2 * k + lane / 8 % 2) ^ 1"),
-    "rows past the end are written": Patch(TILE + "fragment.cuh", "if (row >= num_rows) continue;", ""),
+    "rows past the end are written": Patch(
+        TILE + "fragment.cuh", "if (row >= num_rows) continue;", "if (row >= num_rows + 64) continue;"
+    ),
     "the last step is left out": Patch(
         OUTPUT, "has_support ? entmax.last_step(total) : 0.0f", "0.0f * static_cast<float>(has_support)"
     ),
@@ -57,7 +61,9 @@ BUGS = {
         "__syncthreads();\n      if (next_tile",
     ),
     "the mask loses a word": Patch(OUTPUT, "finish_words_before(mask_shape.key_words());", ""),
-    "delta is not subtracted": Patch(GRAD_QUERY, "(grad_score[n][e] - delta[e / 2])", "grad_score[n][e]"),
+    "delta has the wrong sign": Patch(
+        GRAD_QUERY, "(grad_score[n][e] - delta[e / 2])", "(grad_score[n][e] + delta[e / 2])"
+    ),
     "tau of the wrong stage": Patch(
         GRAD_KEY_VALUE, "s_stats + stage * Config::kBlockM;", "s_stats + (stage ^ 1) * Config::kBlockM;"
     ),
