@@ -243,6 +243,9 @@ def _grad_alpha(prob: Tensor, grad_prob: Tensor, alpha: Tensor) -> Tensor:
 
 def _matmul_on_support(weight: Tensor, rows: Tensor) -> Tensor:
     """``weight @ rows`` where an exact zero of `weight` (..., m, n) absorbs anything in `rows` (..., n, d), NaN too."""
+    if not rows.isfinite().all():
+        is_used = (weight != 0).any(-2).unsqueeze(-1)
+        rows = torch.where(is_used, rows, 0.0)  # masked keys and padding, mostly
     if rows.isfinite().all():
         return weight @ rows
     weight = weight.unsqueeze(-1)

@@ -37,6 +37,13 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[130, 400, 700])
+def num_keys(request: pytest.FixtureRequest) -> int:
+    """Kernels choose by the length of a row (and by its density) how they scan it: computed whole, in lists of what may
+    be in the support, in lists that come from a coarser scan. With sparse data, one length for each."""
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """Fixed seeds, and memory that nobody wrote is NaN (torch fills `empty` so in its deterministic mode)."""

@@ -12,7 +12,11 @@ import torch
 import adasplash2
 
 NAN, INF = math.nan, math.inf
-SHAPE = cases.Shape(batch=2, heads=2, num_queries=70, num_keys=130, head_dim=16)
+
+
+@pytest.fixture
+def shape(num_keys: int) -> cases.Shape:
+    return cases.Shape(batch=2, heads=2, num_queries=70, num_keys=num_keys, head_dim=16)
 
 
 def backward(path, tensors, **options: object) -> tolerance.Result:
@@ -67,11 +71,11 @@ def test_empty_and_single(path, shape, is_causal, dtype):
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("kind", ["bool", "float"])
 @pytest.mark.parametrize("alpha", [1.5, 1.25])
-def test_fully_masked_rows(path, dtype, kind, alpha):
-    tensors = cases.inputs("gaussian", SHAPE, dtype)
+def test_fully_masked_rows(path, dtype, kind, alpha, shape):
+    tensors = cases.inputs("sparse", shape, dtype)
     is_empty = torch.arange(70) % 3 == 1
-    visible = (~is_empty)[:, None].expand(70, 130)
-    attn_mask = visible if kind == "bool" else torch.zeros(70, 130, dtype=dtype).masked_fill(~visible, -INF)
+    visible = (~is_empty)[:, None].expand(70, shape.num_keys)
+    attn_mask = visible if kind == "bool" else torch.zeros(70, shape.num_keys, dtype=dtype).masked_fill(~visible, -INF)
     result = backward(path, tensors, attn_mask=attn_mask, alpha=alpha)
     assert (result.out[:, :, is_empty] == 0).all()
     assert (result.grads["query"][:, :, is_empty] == 0).all()
@@ -82,17 +86,17 @@ def test_fully_masked_rows(path, dtype, kind, alpha):
     assert (result.aux.support_size[:, :, ~is_empty] > 0).all()
 
 
-def test_everything_masked(path):
-    tensors = cases.inputs("gaussian", SHAPE)
-    attn_mask = torch.full((70, 130), -INF, requires_grad=True)
+def test_everything_masked(path, shape):
+    tensors = cases.inputs("sparse", shape)
+    attn_mask = torch.full((70, shape.num_keys), -INF, requires_grad=True)
     alpha = torch.tensor([1.5, 1.3], requires_grad=True)
     result = backward(path, tensors, attn_mask=attn_mask, alpha=alpha)
     assert all((t == 0).all() for t in (result.out, *result.grads.values()))
     assert (result.aux.live_tile_fraction == 0).all()
 
 
-def test_key_lengths_of_zero(path):
-    tensors = cases.inputs("gaussian", SHAPE)
+def test_key_lengths_of_zero(path, shape):
+    tensors = cases.inputs("sparse", shape)
     result = backward(path, tensors, key_lengths=torch.zeros(2, dtype=torch.int64))
     assert all((t == 0).all() for t in (result.out, *result.grads.values()))
 
@@ -101,13 +105,13 @@ def test_key_lengths_of_zero(path):
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
-@pytest.mark.parametrize("name", ["gaussian", "dense"])
+@pytest.mark.parametrize("name", ["sparse", "dense"])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.25])
-def test_bad_score_poisons_its_row_alone(path, bad, name, dtype, alpha):
+def test_bad_score_poisons_its_row_alone(path, bad, name, dtype, alpha, shape):
     """One NaN or +inf score, through the mask: its row is NaN, every other row what it would be without."""
-    query, key, value, _ = cases.inputs(name, SHAPE, dtype)
-    attn_mask = torch.zeros(2, 2, 70, 130, dtype=dtype)
+    query, key, value, _ = cases.inputs(name, shape, dtype)
+    attn_mask = torch.zeros(2, 2, 70, shape.num_keys, dtype=dtype)
     clean, clean_aux = path(query, key, value, attn_mask, alpha=alpha, return_aux=True)
     attn_mask[1, 0, 33, 77] = bad
     out, aux = path(query, key, value, attn_mask, alpha=alpha, return_aux=True)
@@ -119,11 +123,11 @@ def test_bad_score_poisons_its_row_alone(path, bad, name, dtype, alpha):
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
-@pytest.mark.parametrize("name", ["gaussian", "dense"])
+@pytest.mark.parametrize("name", ["sparse", "dense"])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_bad_query(path, bad, name, dtype):
+def test_bad_query(path, bad, name, dtype, shape):
     """A query with a bad component has scores of NaN or of both infinities: NaN, in its row alone."""
-    tensors = cases.inputs(name, SHAPE, dtype)
+    tensors = cases.inputs(name, shape, dtype)
     clean = path(*tensors[:3])
     tensors[0][0, 1, 20, 5] = bad
     result = backward(path, tensors)
@@ -135,13 +139,13 @@ def test_bad_query(path, bad, name, dtype):
     assert result.grads["query"][is_bad].isnan().any()
 
 
-@pytest.mark.parametrize("name", ["gaussian", "dense"])
+@pytest.mark.parametrize("name", ["sparse", "dense"])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_nan_key_poisons_every_row_that_sees_it(path, name, dtype):
-    tensors = cases.inputs(name, SHAPE, dtype)
-    tensors[1][0, 1, 70, 3] = NAN
+def test_nan_key_poisons_every_row_that_sees_it(path, name, dtype, shape):
+    tensors = cases.inputs(name, shape, dtype)
+    tensors[1][0, 1, shape.num_keys - 60, 3] = NAN  # query i sees key j <= i + Nk - 70
     clean = path(*(t.nan_to_num() for t in tensors[:3]), is_causal=True)
-    out = path(*tensors[:3], is_causal=True)  # query i sees key j <= i + 60
+    out = path(*tensors[:3], is_causal=True)
     assert out[0, 1, 10:].isnan().all()
     assert_near(out[0, 1, :10], clean[0, 1, :10])
     assert_near(out[1], clean[1])
@@ -150,10 +154,10 @@ def test_nan_key_poisons_every_row_that_sees_it(path, name, dtype):
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", ["sparse", "dense", "mixed_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_bad_value_reaches_only_the_rows_that_attend_to_it(path, bad, name, dtype):
-    query, key, value, _ = cases.inputs(name, SHAPE, dtype)
+def test_bad_value_reaches_only_the_rows_that_attend_to_it(path, bad, name, dtype, shape):
+    query, key, value, _ = cases.inputs(name, shape, dtype)
     clean = path(query, key, value)
-    identity = torch.eye(130, dtype=dtype).expand(2, 2, -1, -1)
+    identity = torch.eye(shape.num_keys, dtype=dtype).expand(2, 2, -1, -1)
     prob = path(query, key, identity)
     used = prob[0, 0, :, 64] > 0
     value[0, 0, 64, 7] = bad
@@ -165,11 +169,11 @@ def test_bad_value_reaches_only_the_rows_that_attend_to_it(path, bad, name, dtyp
 
 
 @pytest.mark.parametrize("name", ["sparse", "dense"])
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_bad_grad_out_stays_in_its_row(path, name, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])  # prob underflows in float16
+def test_bad_grad_out_stays_in_its_row(path, name, dtype, shape):
     """A NaN in the gradient of one row reaches that query and the keys that it attends to."""
-    query, key, value, grad_out = cases.inputs(name, SHAPE, dtype)
-    identity = torch.eye(130, dtype=dtype).expand(2, 2, -1, -1)
+    query, key, value, grad_out = cases.inputs(name, shape, dtype)
+    identity = torch.eye(shape.num_keys, dtype=dtype).expand(2, 2, -1, -1)
     used = path(query, key, identity)[1, 1, 40] > 0
     grad_out[1, 1, 40, 3] = NAN
     result = backward(path, (query, key, value, grad_out))
@@ -177,7 +181,7 @@ def test_bad_grad_out_stays_in_its_row(path, name, dtype):
     is_row = torch.zeros(2, 2, 70, dtype=torch.bool)
     is_row[1, 1, 40] = True
     assert torch.equal(result.grads["query"].isnan().any(-1), is_row)
-    is_used = torch.zeros(2, 2, 130, dtype=torch.bool)
+    is_used = torch.zeros(2, 2, shape.num_keys, dtype=torch.bool)
     is_used[1, 1] = used
     assert torch.equal(result.grads["key"].isnan().any(-1), is_used)
     assert torch.equal(result.grads["value"].isnan().any(-1), is_used)
@@ -187,9 +191,9 @@ def test_bad_grad_out_stays_in_its_row(path, name, dtype):
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_garbage_everywhere_ends(path, where, bad, dtype, is_causal):
+def test_garbage_everywhere_ends(path, where, bad, dtype, is_causal, shape):
     """A tenth of one input is garbage. Nothing to compare with: it must come back, and leave the other batch alone."""
-    tensors = cases.inputs("mixed_rows", SHAPE, dtype)
+    tensors = cases.inputs("mixed_rows", shape, dtype)
     index = ("query", "key", "value", "grad_out").index(where)
     tensors[index][0][torch.rand_like(tensors[index][0]) < 0.1] = bad
     result = backward(path, tensors, is_causal=is_causal)
@@ -199,17 +203,17 @@ def test_garbage_everywhere_ends(path, where, bad, dtype, is_causal):
 
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_all_inputs_are_garbage(path, garbage, is_causal):
-    tensors = tuple(torch.full_like(t, garbage) for t in cases.inputs("gaussian", SHAPE))
+def test_all_inputs_are_garbage(path, garbage, is_causal, shape):
+    tensors = tuple(torch.full_like(t, garbage) for t in cases.inputs("sparse", shape))
     result = backward(path, tensors, is_causal=is_causal)
-    assert result.out.shape == SHAPE.out
+    assert result.out.shape == shape.out
 
 
-def test_masked_garbage_is_not_read(path):
+def test_masked_garbage_is_not_read(path, shape):
     """Keys that a bool mask excludes may hold NaN in key and value."""
-    query, key, value, grad_out = cases.inputs("gaussian", SHAPE)
-    visible = torch.arange(130) % 5 != 2
-    clean = backward(path, cases.inputs("gaussian", SHAPE), attn_mask=visible)
+    query, key, value, grad_out = cases.inputs("sparse", shape)
+    visible = torch.arange(shape.num_keys) % 5 != 2
+    clean = backward(path, cases.inputs("sparse", shape), attn_mask=visible)
     key[:, :, ~visible] = NAN
     value[:, :, ~visible] = INF
     result = backward(path, (query, key, value, grad_out), attn_mask=visible)
@@ -225,13 +229,13 @@ def test_masked_garbage_is_not_read(path):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 @pytest.mark.parametrize("alpha", cases.ALPHAS)
-def test_all_scores_equal(path, dtype, alpha):
+def test_all_scores_equal(path, dtype, alpha, shape):
     """prob is uniform, out the mean of the values; z - tau = n^(1 - alpha) for every key."""
-    query, key, value, grad_out = cases.inputs("constant", SHAPE, dtype)
+    query, key, value, grad_out = cases.inputs("constant", shape, dtype)
     result = backward(path, (torch.zeros_like(query), key, value, grad_out), alpha=alpha)
-    assert (result.aux.support_size == 130).all()
-    torch.testing.assert_close(result.aux.tau, torch.full_like(result.aux.tau, -(130 ** (1.0 - alpha))))
-    mean = value.double().mean(-2, keepdim=True).expand(SHAPE.out)
+    assert (result.aux.support_size == shape.num_keys).all()
+    torch.testing.assert_close(result.aux.tau, torch.full_like(result.aux.tau, -(shape.num_keys ** (1.0 - alpha))))
+    mean = value.double().mean(-2, keepdim=True).expand(shape.out)
     resolution = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     torch.testing.assert_close(result.out.double(), mean, rtol=4 * resolution, atol=4 * resolution)
 
@@ -250,12 +254,12 @@ def test_huge_scores_pick_the_largest(path, magnitude, alpha):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_denormal_inputs_and_values(dtype):
+def test_denormal_inputs_and_values(dtype, shape):
     tiny = torch.finfo(dtype).tiny / 4
-    query, key, value, grad_out = cases.inputs("gaussian", SHAPE, dtype)
+    query, key, value, grad_out = cases.inputs("sparse", shape, dtype)
     tensors = (query * tiny, key, value * tiny, grad_out)
     result = backward(adasplash2.entmax_attention, tensors)
-    assert (result.aux.support_size == 130).all()
+    assert (result.aux.support_size == shape.num_keys).all()
     mean = tensors[2].detach().double().mean(-2, keepdim=True)
     # Denormals have an absolute spacing; kernels may also flush them to zero.
     assert (result.out.double() - mean).abs().max() <= tiny
@@ -263,9 +267,9 @@ def test_denormal_inputs_and_values(dtype):
         assert grad.isfinite().all()
 
 
-def test_scores_that_overflow_float32(path):
+def test_scores_that_overflow_float32(path, shape):
     """<q, k> beyond float32 is +inf: such a row is NaN, and it alone."""
-    query, key, value, _ = cases.inputs("gaussian", SHAPE)
+    query, key, value, _ = cases.inputs("sparse", shape)
     query[0, 0, 11] = key[0, 0, 50].sign() * 1e38
     key[0, 0, 50] *= 100.0
     clean = path(torch.where(query.abs() > 1e30, 0.0, query), key, value)
