@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,36 @@ class AttentionAux(NamedTuple):
     live_tile_fraction: Tensor
 
 
+@overload
+def entmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    alpha: float | Tensor = 1.5,
+    key_lengths: Tensor | None = None,
+    return_aux: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def entmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    alpha: float | Tensor = 1.5,
+    key_lengths: Tensor | None = None,
+    return_aux: Literal[True],
+) -> tuple[Tensor, AttentionAux]: ...
 def entmax_attention(
     query: Tensor,
     key: Tensor,
@@ -95,7 +125,7 @@ def entmax_attention(
     batch_shape = _batch_shape(query, key, value)
     num_heads, num_queries, num_keys = query.shape[-3] if query.dim() > 2 else 1, query.shape[-2], key.shape[-2]
     if attn_mask is not None:
-        attn_mask = _four_dims(attn_mask, batch_shape, "attn_mask", (num_heads, num_queries, num_keys))
+        attn_mask = _four_dims(attn_mask, batch_shape, (num_heads, num_queries, num_keys))
     if alpha_tensor is not None:
         alpha_tensor = _alpha_per_head(alpha_tensor, batch_shape, num_heads, query)
     if key_lengths is not None:
@@ -117,7 +147,7 @@ def entmax_attention(
     if query.dim() != 4:
         out = out.reshape(*head_shape, num_queries, value.shape[-1])
     if not return_aux:
-        return out  # type: ignore[no-any-return]
+        return out
     unmasked = (block_mask & 1).sum((-2, -1), dtype=torch.float32)
     live = (block_mask >> 1).sum((-2, -1), dtype=torch.float32)
     return out, AttentionAux(
@@ -132,7 +162,9 @@ def _check_inputs(
 ) -> None:
     name = "adasplash2.entmax_attention"
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(f"{name}: functional transforms (torch.func) are not supported; expected plain tensors")
+        raise NotImplementedError(
+            f"{name}: functional transforms (torch.func) are not supported; expected plain tensors"
+        )
     for label, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name}: {label} must have at least 2 dimensions (N, D), got shape {tuple(tensor.shape)}")
@@ -148,7 +180,9 @@ def _check_inputs(
             f"got {query.dim()}, {key.dim()} and {value.dim()}"
         )
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"{name}: query and key must have the same head dim, got {query.shape[-1]} and {key.shape[-1]}")
+        raise ValueError(
+            f"{name}: query and key must have the same head dim, got {query.shape[-1]} and {key.shape[-1]}"
+        )
     if key.shape[-2] != value.shape[-2]:
         raise ValueError(f"{name}: key and value must have the same length, got {key.shape[-2]} and {value.shape[-2]}")
     if query.dim() > 2:
@@ -170,9 +204,13 @@ def _check_inputs(
         if is_causal:
             raise ValueError(f"{name}: attn_mask and is_causal=True exclude each other, got both")
         if attn_mask.dtype not in (torch.bool, query.dtype):
-            raise TypeError(f"{name}: attn_mask must be bool or of query's dtype ({query.dtype}), got {attn_mask.dtype}")
+            raise TypeError(
+                f"{name}: attn_mask must be bool or of query's dtype ({query.dtype}), got {attn_mask.dtype}"
+            )
         if attn_mask.device != query.device:
-            raise ValueError(f"{name}: attn_mask must be on the device of query ({query.device}), got {attn_mask.device}")
+            raise ValueError(
+                f"{name}: attn_mask must be on the device of query ({query.device}), got {attn_mask.device}"
+            )
 
 
 def _split_alpha(alpha: float | Tensor) -> tuple[float, Tensor | None]:
@@ -214,18 +252,15 @@ def _rows(tensor: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
     return tensor.expand(*batch_shape, *tail).reshape(math.prod(batch_shape), *tail)
 
 
-def _four_dims(mask: Tensor, batch_shape: tuple[int, ...], name: str, tail: tuple[int, ...]) -> Tensor:
+def _four_dims(mask: Tensor, batch_shape: tuple[int, ...], tail: tuple[int, ...]) -> Tensor:
     """A mask broadcastable to (*batch_shape, *tail) with exactly 4 dimensions, broadcast ones left at size 1."""
-    if mask.dim() == 4 and len(batch_shape) == 1:
-        full = (*batch_shape, *tail)
-    else:
-        full = (*batch_shape, *tail)
-        while mask.dim() < len(full):
-            mask = mask.unsqueeze(0)
+    full = (*batch_shape, *tail)
+    while mask.dim() < len(full):
+        mask = mask.unsqueeze(0)
     is_broadcastable = mask.dim() == len(full) and all(m in (1, n) for m, n in zip(mask.shape, full, strict=True))
     if not is_broadcastable:
         raise ValueError(
-            f"adasplash2.entmax_attention: {name} must broadcast to {full}, got shape {tuple(mask.shape)}"
+            f"adasplash2.entmax_attention: attn_mask must broadcast to {full}, got shape {tuple(mask.shape)}"
         )
     if len(batch_shape) == 1:
         return mask
@@ -282,7 +317,9 @@ def _softmax_attention(
     num_queries, num_keys = query.shape[-2], key.shape[-2]
     padding = None
     if is_causal and (num_queries != num_keys or key_lengths is not None):
-        attn_mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
+        attn_mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(
+            num_keys - num_queries
+        )
         is_causal = False
     if key_lengths is not None:
         batch_shape = _batch_shape(query, key, value)

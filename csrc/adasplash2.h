@@ -27,8 +27,8 @@ struct AttentionBackward : AttentionProblem {
   Rows grad_query;                        // (B, H, Nq, D), data nullable: not wanted
   Rows grad_key;                          // (B, Hkv, Nk, D), data nullable
   Rows grad_value;                        // (B, Hkv, Nk, Dv), data nullable
-  void* grad_mask = nullptr;              // accumulation type, laid out like mask (its strides), zero on entry, nullable
-  double* grad_alpha = nullptr;           // (B, H) contiguous, nullable
+  void* grad_mask = nullptr;     // accumulation type, laid out like mask (its strides), zero on entry, nullable
+  double* grad_alpha = nullptr;  // (B, H) contiguous, nullable
 };
 
 // entmax along the middle dimension of dense (outer, length, inner) tensors: outer * inner slices.

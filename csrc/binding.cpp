@@ -50,8 +50,8 @@ void fill_problem(AttentionProblem& problem, ProblemTensors& tensors, const Tens
                   const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                   const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal) {
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
-                    "adasplash2: query, key and value must have 4 dimensions, got ", query.dim(), ", ", key.dim(), " and ",
-                    value.dim());
+                    "adasplash2: query, key and value must have 4 dimensions, got ", query.dim(), ", ", key.dim(),
+                    " and ", value.dim());
   const int64_t batch = query.size(0), num_heads = query.size(1), num_kv_heads = key.size(1);
   const int64_t num_queries = query.size(2), num_keys = key.size(2), head_dim = query.size(3);
   check_tensor(key, "key", {batch, num_kv_heads, num_keys, head_dim}, query);
@@ -77,11 +77,13 @@ void fill_problem(AttentionProblem& problem, ProblemTensors& tensors, const Tens
   problem.value = rows(tensors.value);
   if (attn_mask) {
     tensors.mask = *attn_mask;
-    TORCH_CHECK_VALUE(tensors.mask.dim() == 4, "adasplash2: attn_mask must have 4 dimensions, got ", tensors.mask.dim());
+    TORCH_CHECK_VALUE(tensors.mask.dim() == 4, "adasplash2: attn_mask must have 4 dimensions, got ",
+                      tensors.mask.dim());
     const std::array<int64_t, 4> full{batch, num_heads, num_queries, num_keys};
     for (int64_t dim = 0; dim < 4; ++dim) {
       TORCH_CHECK_VALUE(tensors.mask.size(dim) == 1 || tensors.mask.size(dim) == full[dim],
-                        "adasplash2: attn_mask must broadcast to ", at::IntArrayRef(full), ", got ", tensors.mask.sizes());
+                        "adasplash2: attn_mask must broadcast to ", at::IntArrayRef(full), ", got ",
+                        tensors.mask.sizes());
     }
     TORCH_CHECK_TYPE(tensors.mask.scalar_type() == at::kBool || tensors.mask.scalar_type() == query.scalar_type(),
                      "adasplash2: attn_mask must be bool or have the dtype of query (", query.scalar_type(), "), got ",
@@ -106,7 +108,9 @@ void fill_problem(AttentionProblem& problem, ProblemTensors& tensors, const Tens
   problem.is_causal = is_causal;
 }
 
-at::ScalarType accumulation_type(const Tensor& tensor) { return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+at::ScalarType accumulation_type(const Tensor& tensor) {
+  return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
@@ -116,14 +120,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
   ProblemTensors tensors;
   fill_problem(params, tensors, query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal);
   const std::array<int64_t, 3> rows_shape{params.batch, params.num_heads, params.num_queries};
-  const Tensor out = at::empty({params.batch, params.num_heads, params.num_queries, params.value_head_dim}, query.options());
+  const Tensor out =
+      at::empty({params.batch, params.num_heads, params.num_queries, params.value_head_dim}, query.options());
   const Tensor tau = at::empty(rows_shape, query.options().dtype(accumulation_type(query)));
   const Tensor support_size = at::empty(rows_shape, query.options().dtype(at::kInt));
   const auto num_tiles = [](int64_t n) { return (n + 63) / 64; };
-  const Tensor block_mask = want_block_mask
-                                ? at::zeros({params.batch, params.num_heads, num_tiles(params.num_queries), num_tiles(params.num_keys)},
-                                            query.options().dtype(at::kByte))
-                                : at::empty({0}, query.options().dtype(at::kByte));
+  const Tensor block_mask =
+      want_block_mask
+          ? at::zeros({params.batch, params.num_heads, num_tiles(params.num_queries), num_tiles(params.num_keys)},
+                      query.options().dtype(at::kByte))
+          : at::empty({0}, query.options().dtype(at::kByte));
   const Tensor support = lazily_committed(want_support ? cpu::support_bytes(params) : 0);
   params.out = rows(out);
   params.tau = tau.data_ptr();
@@ -136,9 +142,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
-    const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, const Tensor& support_size, const Tensor& support,
-    double alpha, double scale, bool is_causal, std::array<bool, 5> wanted) {
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads,
+    const Tensor& support_size, const Tensor& support, double alpha, double scale, bool is_causal,
+    std::array<bool, 5> wanted) {
   AttentionBackward params;
   ProblemTensors tensors;
   fill_problem(params, tensors, query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal);
@@ -146,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   const std::array<int64_t, 3> rows_shape{params.batch, params.num_heads, params.num_queries};
   check_tensor(support_size, "support_size", rows_shape, query);
   check_tensor(support, "support", {cpu::support_bytes(params)}, query);
-  TORCH_CHECK(support_size.is_contiguous() && support.is_contiguous(), "adasplash2: the saved support must be contiguous");
+  TORCH_CHECK(support_size.is_contiguous() && support.is_contiguous(),
+              "adasplash2: the saved support must be contiguous");
   const Tensor padded_grad_out = padded_rows(grad_out.to(query.scalar_type()), cpu::kHeadDimMultiple);
   const auto gradient = [&](bool is_wanted, const Tensor& like, int64_t dim) {
     return is_wanted ? at::empty({like.size(0), like.size(1), like.size(2), dim}, query.options())
@@ -159,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   const auto accumulation = query.options().dtype(accumulation_type(query));
   if (wanted[3]) {
     // The kernels address it with the mask's own strides, so it is a mask of distinct, dense elements.
-    TORCH_CHECK(attn_mask && tensors.mask.scalar_type() != at::kBool, "adasplash2: only a float attn_mask has a gradient");
+    TORCH_CHECK(attn_mask && tensors.mask.scalar_type() != at::kBool,
+                "adasplash2: only a float attn_mask has a gradient");
     tensors.mask = tensors.mask.contiguous();
     params.mask = mask_view(tensors.mask);
     grad_mask = at::zeros(tensors.mask.sizes(), accumulation);
@@ -185,7 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
           wanted[3] ? grad_mask.to(query.scalar_type()) : grad_mask, grad_alpha};
 }
 
-// ---- dispatcher entry points ------------------------------------------------------------------------------------------
+// ---- dispatcher entry points
+// ------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
@@ -199,9 +209,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
-    const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, const Tensor& support_size, const Tensor& support,
-    double alpha, double scale, bool is_causal, std::array<bool, 5> wanted) {
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads,
+    const Tensor& support_size, const Tensor& support, double alpha, double scale, bool is_causal,
+    std::array<bool, 5> wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("adasplash2::attention_backward", "")
                              .typed<decltype(attention_backward)>();
@@ -212,10 +223,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 AttentionResult attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
-                          const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, double alpha, double scale,
-                          bool is_causal, bool want_block_mask) {
-  auto [out, tau, support_size, block_mask, support] = attention_forward(
-      query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask, /*want_support=*/false);
+                          const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, double alpha,
+                          double scale, bool is_causal, bool want_block_mask) {
+  auto [out, tau, support_size, block_mask, support] =
+      attention_forward(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal,
+                        want_block_mask, /*want_support=*/false);
   return {out, tau, support_size, block_mask};
 }
 
@@ -227,8 +239,9 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
                                                 const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads,
                                                 double alpha, double scale, bool is_causal, bool want_block_mask) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, tau, support_size, block_mask, support] = attention_forward(
-        query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask, /*want_support=*/true);
+    auto [out, tau, support_size, block_mask, support] =
+        attention_forward(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal,
+                          want_block_mask, /*want_support=*/true);
     ctx->save_for_backward({query, key, value, attn_mask.value_or(Tensor()), key_lengths.value_or(Tensor()),
                             alpha_heads.value_or(Tensor()), support_size, support});
     ctx->saved_data["alpha"] = alpha;
@@ -241,18 +254,29 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto optional = [&](int index) { return saved[index].defined() ? OptionalTensor(saved[index]) : std::nullopt; };
+    const auto optional = [&](int index) {
+      return saved[index].defined() ? OptionalTensor(saved[index]) : std::nullopt;
+    };
     // The inputs of needs_input_grad are numbered without the optional ones that are absent.
     const size_t alpha_input = 3 + saved[3].defined() + saved[4].defined();
     const std::array<bool, 5> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                                      saved[3].defined() && ctx->needs_input_grad(3),
                                      saved[5].defined() && ctx->needs_input_grad(alpha_input)};
-    const auto [grad_query, grad_key, grad_value, grad_mask, grad_alpha] = attention_backward(
-        grads[0], saved[0], saved[1], saved[2], optional(3), optional(4), optional(5), saved[6], saved[7],
-        ctx->saved_data["alpha"].toDouble(), ctx->saved_data["scale"].toDouble(), ctx->saved_data["is_causal"].toBool(), wanted);
+    const auto [grad_query, grad_key, grad_value, grad_mask, grad_alpha] =
+        attention_backward(grads[0], saved[0], saved[1], saved[2], optional(3), optional(4), optional(5), saved[6],
+                           saved[7], ctx->saved_data["alpha"].toDouble(), ctx->saved_data["scale"].toDouble(),
+                           ctx->saved_data["is_causal"].toBool(), wanted);
     const auto if_wanted = [&](int index, const Tensor& gradient) { return wanted[index] ? gradient : Tensor(); };
-    return {if_wanted(0, grad_query), if_wanted(1, grad_key), if_wanted(2, grad_value), if_wanted(3, grad_mask), Tensor(),
-            if_wanted(4, grad_alpha), Tensor(), Tensor(), Tensor(), Tensor()};
+    return {if_wanted(0, grad_query),
+            if_wanted(1, grad_key),
+            if_wanted(2, grad_value),
+            if_wanted(3, grad_mask),
+            Tensor(),
+            if_wanted(4, grad_alpha),
+            Tensor(),
+            Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 
@@ -283,11 +307,10 @@ AttentionResult attention_autocast(const Tensor& query, const Tensor& key, const
   c10::impl::ExcludeDispatchKeyGuard guard(autocast_key);
   const auto dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, device); };
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("adasplash2::attention", "")
-                             .typed<decltype(attention)>();
-  return op.call(cast(query), cast(key), cast(value), attn_mask ? OptionalTensor(cast(*attn_mask)) : attn_mask, key_lengths,
-                 alpha_heads, alpha, scale, is_causal, want_block_mask);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("adasplash2::attention", "").typed<decltype(attention)>();
+  return op.call(cast(query), cast(key), cast(value), attn_mask ? OptionalTensor(cast(*attn_mask)) : attn_mask,
+                 key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask);
 }
 
 }  // namespace
@@ -295,7 +318,8 @@ AttentionResult attention_autocast(const Tensor& query, const Tensor& key, const
 TORCH_LIBRARY(adasplash2, m) {
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, Tensor? alpha_heads, "
-      "float alpha, float scale, bool is_causal, bool want_block_mask) -> (Tensor out, Tensor tau, Tensor support_size, "
+      "float alpha, float scale, bool is_causal, bool want_block_mask) -> (Tensor out, Tensor tau, Tensor "
+      "support_size, "
       "Tensor block_mask)");
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, "

@@ -9,17 +9,24 @@ namespace adasplash2 {
 
 inline DataType data_type(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return DataType::kFloat32;
-    case at::kBFloat16: return DataType::kBFloat16;
-    case at::kHalf: return DataType::kFloat16;
-    case at::kDouble: return DataType::kFloat64;
-    case at::kBool: return DataType::kBool;
-    default: TORCH_CHECK_TYPE(false, "adasplash2: expected a floating point or bool tensor, got ", tensor.scalar_type());
+    case at::kFloat:
+      return DataType::kFloat32;
+    case at::kBFloat16:
+      return DataType::kBFloat16;
+    case at::kHalf:
+      return DataType::kFloat16;
+    case at::kDouble:
+      return DataType::kFloat64;
+    case at::kBool:
+      return DataType::kBool;
+    default:
+      TORCH_CHECK_TYPE(false, "adasplash2: expected a floating point or bool tensor, got ", tensor.scalar_type());
   }
 }
 
 inline void check_tensor(const at::Tensor& tensor, const char* name, at::IntArrayRef sizes, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(tensor.sizes() == sizes, "adasplash2: ", name, " must have the shape ", sizes, ", got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, "adasplash2: ", name, " must have the shape ", sizes, ", got ",
+                    tensor.sizes());
   TORCH_CHECK_VALUE(tensor.device() == like.device(), "adasplash2: ", name, " must be on ", like.device(), ", got ",
                     tensor.device());
 }

@@ -54,8 +54,8 @@ struct AttentionProblem {
   double scale = 1.0;                    // sigma
   bool is_causal = false;                // key j is seen by query i when j <= i + Nk - Nq (bottom right)
 
-  double alpha = 1.5;                    // used where alpha_heads is null
-  const double* alpha_heads = nullptr;   // (B, H) by the two strides below, nullable
+  double alpha = 1.5;                   // used where alpha_heads is null
+  const double* alpha_heads = nullptr;  // (B, H) by the two strides below, nullable
   int64_t alpha_stride_batch = 0;
   int64_t alpha_stride_head = 0;
 };

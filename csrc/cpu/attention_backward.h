@@ -6,9 +6,9 @@
 //   rows   a chunk of row blocks computes dS and dQ and files (row, p, dS) under its keys; where each entry goes was
 //          counted before, so entries lie in the order of the rows whatever the number of threads
 //   keys   a block of keys gathers its rows of Q and dO: dK and dV
-// The chunks are taken in waves that bound the memory of the filed entries. Row blocks that were not saved are recomputed
-// in strips (dense.h) and accumulate dK and dV in float, a fixed number of parts per kv head, added up in order.
-// So every sum has one order: results are the same bits for any number of threads.
+// The chunks are taken in waves that bound the memory of the filed entries. Row blocks that were not saved are
+// recomputed in strips (dense.h) and accumulate dK and dV in float, a fixed number of parts per kv head, added up in
+// order. So every sum has one order: results are the same bits for any number of threads.
 #pragma once
 
 #include "cpu/attention_forward.h"
@@ -18,7 +18,7 @@ namespace adasplash2::cpu::ADASPLASH2_ISA {
 constexpr int64_t kChunkBlocks = 8;                // row blocks that file their entries one after the other
 constexpr int64_t kKeyBlock = 64;                  // keys of one task of the key step
 constexpr int64_t kWaveBytes = int64_t{64} << 20;  // of filed entries and their counts
-constexpr int64_t kDenseParts = 16;                // tasks of the strips, at least, if the problem has as many row blocks
+constexpr int64_t kDenseParts = 16;  // tasks of the strips, at least, if the problem has as many row blocks
 
 // One row: weights and gradients on its support, or on a whole strip row (where prob 0 means outside).
 template <class Real, Exponent kExponent>
@@ -86,9 +86,12 @@ struct BackwardContext {
   }
 
   HeadView<Element> view(int64_t kv, int64_t block_of_kv) const {
-    return {params, kv / params.num_kv_heads, kv % params.num_kv_heads * group_heads + block_of_kv / layout.blocks_per_head};
+    return {params, kv / params.num_kv_heads,
+            kv % params.num_kv_heads * group_heads + block_of_kv / layout.blocks_per_head};
   }
-  int64_t row_index(const HeadView<Element>& view, int64_t row) const { return view.index() * params.num_queries + row; }
+  int64_t row_index(const HeadView<Element>& view, int64_t row) const {
+    return view.index() * params.num_queries + row;
+  }
   const char* region(int64_t kv, int64_t block_of_kv) const {
     return static_cast<const char*>(params.support) +
            layout.block_offset(view(kv, block_of_kv).index(), block_of_kv % layout.blocks_per_head);
@@ -122,7 +125,9 @@ struct KeyGradients {
   int64_t key_dim = 0, value_dim = 0, num_cols = 0;
 
   // Room for whole groups of rows past the last key: strips are accumulated by groups.
-  static int64_t cols_for(int64_t num_keys) { return (num_keys + kPanelCols - 1) / kPanelCols * kPanelCols + kTileRows; }
+  static int64_t cols_for(int64_t num_keys) {
+    return (num_keys + kPanelCols - 1) / kPanelCols * kPanelCols + kTileRows;
+  }
 
   void reserve(int64_t count, const AttentionProblem& problem) {
     key_dim = problem.head_dim;
@@ -133,10 +138,13 @@ struct KeyGradients {
   }
   int64_t size() const { return num_cols * (key_dim + value_dim); }
   Real* key(int64_t index, int64_t col) { return data.data() + index * size() + col * key_dim; }
-  Real* value(int64_t index, int64_t col) { return data.data() + index * size() + num_cols * key_dim + col * value_dim; }
+  Real* value(int64_t index, int64_t col) {
+    return data.data() + index * size() + num_cols * key_dim + col * value_dim;
+  }
 };
 
-// ---- strips: row blocks that were not saved ---------------------------------------------------------------------------
+// ---- strips: row blocks that were not saved
+// ---------------------------------------------------------------------------
 
 template <class Element>
 class StripGradientWorker {
@@ -160,10 +168,12 @@ class StripGradientWorker {
 
  private:
   template <Exponent kExponent>
-  void run(const HeadView<Element>& view, int64_t kv, int64_t block_of_kv, KeyGradients<Real>& gradients, int64_t index) {
+  void run(const HeadView<Element>& view, int64_t kv, int64_t block_of_kv, KeyGradients<Real>& gradients,
+           int64_t index) {
     const RowBlock block(view, block_of_kv % context_.layout.blocks_per_head);
     const Power<Real, kExponent> power(view.alpha);
-    const int64_t num_cols = block.num_panels * kPanelCols, key_dim = params_.head_dim, value_dim = params_.value_head_dim;
+    const int64_t num_cols = block.num_panels * kPanelCols, key_dim = params_.head_dim,
+                  value_dim = params_.value_head_dim;
     const Element* grad_out = row_pointer<Element>(params_.grad_out, view.batch, view.head, block.first_row);
     pack_groups(view.query(block.first_row), params_.query.stride_row, block.num_rows, key_dim, view.units.query_factor,
                 query_groups_.data());
@@ -176,12 +186,13 @@ class StripGradientWorker {
       score_strip(view, block, first, query_groups_.data(), keys, strip_);
       for (int64_t panel = 0; panel < block.num_panels; ++panel) {
         for (int64_t row = first; row < last; row += kTileRows) {
-          multiply_to(grad_out_groups_.data() + row / kTileRows * value_dim * kTileRows, values + panel * values_.panel_size(), value_dim,
+          multiply_to(grad_out_groups_.data() + row / kTileRows * value_dim * kTileRows,
+                      values + panel * values_.panel_size(), value_dim,
                       grad_strip_.row(row - first) + panel * kPanelCols, grad_strip_.stride);
         }
       }
       for (int64_t row = first; row < last; ++row) {
-        differentiate_row(view, block.first_row + row, row - first, num_cols, power);
+        differentiate_row(view, block.first_row + row, row - first, num_cols, power, gradients, index);
       }
       if (params_.grad_query.data != nullptr) sum_keys(view, block, first, last, num_cols);
       if (context_.wants_keys()) {
@@ -200,7 +211,7 @@ class StripGradientWorker {
   // Scores -> probabilities and dP -> dS in the two strips, and the row's operands of dK and dV.
   template <Exponent kExponent>
   void differentiate_row(const HeadView<Element>& view, int64_t row, int64_t strip_row, int64_t num_cols,
-                         const Power<Real, kExponent>& power) {
+                         const Power<Real, kExponent>& power, KeyGradients<Real>& gradients, int64_t index) {
     const RowGradient<Real, kExponent> gradient{power, view.alpha};
     Real *score = strip_.row(strip_row), *grad = grad_strip_.row(strip_row);
     const int64_t row_index = context_.row_index(view, row);
@@ -210,7 +221,8 @@ class StripGradientWorker {
       const Vector<Real> gap = ((load(score + j) - score_max) - tau_shifted) * view.units.unit;
       store(score + j, has_support ? max<Real>(gap, Vector<Real>{}) : Vector<Real>{});
     }
-    if (params_.grad_alpha != nullptr) context_.alpha_rows[row_index] = gradient.gradient_by_alpha(score, grad, num_cols);
+    if (params_.grad_alpha != nullptr)
+      context_.alpha_rows[row_index] = gradient.gradient_by_alpha(score, grad, num_cols);
     gradient(score, grad, num_cols);
     fill_row(score + num_cols, kStripPadding, Real(0));  // read by the last group of columns
     fill_row(grad + num_cols, kStripPadding, Real(0));
@@ -219,15 +231,20 @@ class StripGradientWorker {
       const int64_t count = std::min(num_cols, params_.num_keys);
       for (int64_t j = 0; j < count; ++j) grad_mask[j * params_.mask.stride_col] += grad[j];
     }
-    // A row without support may hold anything, NaN too, and 0 * NaN is NaN.
-    Real *query = query_rows_.data() + strip_row * params_.head_dim;
-    Real *grad_out = grad_out_rows_.data() + strip_row * params_.value_head_dim;
-    if (has_support) {
-      widen_row(view.query(row), params_.head_dim, query);
-      widen_row(row_pointer<Element>(params_.grad_out, view.batch, view.head, row), params_.value_head_dim, grad_out);
-    } else {
-      fill_row(query, params_.head_dim, Real(0));
-      fill_row(grad_out, params_.value_head_dim, Real(0));
+    // What is not finite must reach the keys of the row's support only, and 0 * NaN is NaN: a row without support
+    // counts as zero, and a gradient that is not finite is added by itself.
+    const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
+    const MatrixView<Element> grad_out{row_pointer<Element>(params_.grad_out, view.batch, view.head, row), 0};
+    Real* grad_out_row = grad_out_rows_.data() + strip_row * value_dim;
+    if (has_support) widen_row(view.query(row), key_dim, query_rows_.data() + strip_row * key_dim);
+    else fill_row(query_rows_.data() + strip_row * key_dim, key_dim, Real(0));
+    if (has_support && all_finite(grad_out, 1, value_dim)) return widen_row(grad_out.row(0), value_dim, grad_out_row);
+    fill_row(grad_out_row, value_dim, Real(0));
+    for (int64_t col = 0; col < num_cols; ++col) {
+      if (!(score[col] > 0)) continue;
+      Real* sum = gradients.value(index, col);
+      for (int64_t d = 0; d < value_dim; d += kLanes<Real>)
+        store(sum + d, load(sum + d) + load(grad_out.row(0) + d) * score[col]);
     }
   }
 
@@ -266,7 +283,8 @@ void differentiate_strips(BackwardContext<Element>& context, const std::vector<i
   const AttentionBackward& params = context.params;
   PackedPanels<Element> keys(params, params.key, params.head_dim), values(params, params.value, params.value_head_dim);
   // The number of parts follows from the shapes alone, so sums have one order.
-  const int64_t num_parts = std::clamp<int64_t>((kDenseParts + context.num_kv - 1) / context.num_kv, 1, context.blocks_per_kv);
+  const int64_t num_parts =
+      std::clamp<int64_t>((kDenseParts + context.num_kv - 1) / context.num_kv, 1, context.blocks_per_kv);
   Parallel one_at_a_time = parallel;
   one_at_a_time.num_threads = 1;
   KeyGradients<Real> parts;
@@ -298,7 +316,8 @@ void differentiate_strips(BackwardContext<Element>& context, const std::vector<i
   }
 }
 
-// ---- lists: row blocks that were saved --------------------------------------------------------------------------------
+// ---- lists: row blocks that were saved
+// --------------------------------------------------------------------------------
 
 // Consecutive row blocks of one query head.
 struct Chunk {
@@ -325,7 +344,8 @@ class RowStepWorker {
   using Real = Accumulator<Element>;
 
  public:
-  RowStepWorker(BackwardContext<Element>& context, FiledEntries<Real>& filed) : context_(context), params_(context.params), filed_(filed) {
+  RowStepWorker(BackwardContext<Element>& context, FiledEntries<Real>& filed)
+      : context_(context), params_(context.params), filed_(filed) {
     grad_out_.reserve(kRowBlock * params_.value_head_dim);
     grad_query_.reserve(kRowBlock * params_.head_dim);
     const int64_t most = context.layout.block_capacity + kRowBlock * 2 * kLanes<Real>;
@@ -352,7 +372,8 @@ class RowStepWorker {
     const int64_t first_row = block_of_kv % layout.blocks_per_head * kRowBlock;
     const int64_t num_rows = std::min(kRowBlock, params_.num_queries - first_row);
     const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
-    const MatrixView<Element> keys{view.key(0), params_.key.stride_row}, values{view.value(0), params_.value.stride_row};
+    const MatrixView<Element> keys{view.key(0), params_.key.stride_row},
+        values{view.value(0), params_.value.stride_row};
     const RowGradient<Real, kExponent> gradient{power, view.alpha};
 
     const char* saved = context_.region(kv, block_of_kv) + SupportLayout::kHeaderBytes;
@@ -369,17 +390,19 @@ class RowStepWorker {
     }
 
     // dP on the support; what a range writes past its end is overwritten by the next one.
-    for_key_ranges(lists_, num_rows, params_.num_keys, values, value_dim, [&](int64_t row, int64_t begin, int64_t count) {
-      gather_dot(grad_out_.data() + row * value_dim, values, value_dim, lists_[row].column + begin, count,
-                 grad_.data() + offset_[row] + begin);
-    });
+    for_key_ranges(lists_, num_rows, params_.num_keys, values, value_dim,
+                   [&](int64_t row, int64_t begin, int64_t count) {
+                     gather_dot(grad_out_.data() + row * value_dim, values, value_dim, lists_[row].column + begin,
+                                count, grad_.data() + offset_[row] + begin);
+                   });
     for (int64_t row = 0; row < num_rows; ++row) {
       const ColumnList& list = lists_[row];
       Real *prob = prob_.data() + offset_[row], *grad = grad_.data() + offset_[row];
       std::memcpy(prob, gap_[row], list.size * sizeof(Real));
       fill_row(prob + list.size, kLanes<Real>, Real(0));
       if (params_.grad_alpha != nullptr) {
-        context_.alpha_rows[context_.row_index(view, first_row + row)] = gradient.gradient_by_alpha(prob, grad, list.size);
+        context_.alpha_rows[context_.row_index(view, first_row + row)] =
+            gradient.gradient_by_alpha(prob, grad, list.size);
       }
       gradient(prob, grad, list.size);  // now prob and dS
       if (context_.wants_mask() && params_.mask.stride_row != 0) {
@@ -429,7 +452,12 @@ class ListGradients {
  public:
   ListGradients(BackwardContext<Element>& context, const std::vector<Chunk>& chunks, KeyGradients<Real>& gradients,
                 const std::vector<int64_t>& slot, const Parallel& parallel)
-      : context_(context), params_(context.params), chunks_(chunks), gradients_(gradients), slot_(slot), parallel_(parallel) {}
+      : context_(context),
+        params_(context.params),
+        chunks_(chunks),
+        gradients_(gradients),
+        slot_(slot),
+        parallel_(parallel) {}
 
   void operator()(const std::vector<WavePart>& parts) {
     first_chunk_ = parts.front().first_chunk;
@@ -443,8 +471,8 @@ class ListGradients {
     run_tasks(parallel_, num_chunks_, [&] { return [&](int64_t task) { count_columns(first_chunk_ + task); }; });
     run_tasks(parallel_, parts.size(), [&] { return [&](int64_t task) { count_to_positions(parts[task]); }; });
     run_rows(parts, /*files_entries=*/true);
-    // A key's entries of several chunks are gathered together, unless they are so many that the rows of Q and dO which one
-    // chunk names are better kept in the cache for a whole block of keys.
+    // A key's entries of several chunks are gathered together, unless they are so many that the rows of Q and dO which
+    // one chunk names are better kept in the cache for a whole block of keys.
     const int64_t per_key = num_entries / (num_chunks_ * num_keys);
     const int64_t chunks_at_once = per_key >= kEntriesPerRange / 2 ? 1 : num_chunks_;
     const int64_t key_blocks = (num_keys + kKeyBlock - 1) / kKeyBlock;
@@ -489,7 +517,8 @@ class ListGradients {
 
   void run_rows(const std::vector<WavePart>& parts, bool files_entries) {
     std::vector<int64_t> first_entry;
-    for (const WavePart& part : parts) first_entry.insert(first_entry.end(), part.last_chunk - part.first_chunk, part.first_entry);
+    for (const WavePart& part : parts)
+      first_entry.insert(first_entry.end(), part.last_chunk - part.first_chunk, part.first_entry);
     run_tasks(parallel_, num_chunks_, [&] {
       return [&, worker = RowStepWorker<Element>(context_, filed_)](int64_t task) mutable {
         worker(chunks_[first_chunk_ + task], files_entries ? count(first_chunk_ + task) : nullptr, first_entry[task]);
@@ -529,19 +558,23 @@ class ListGradients {
       }
       const HeadView<Element> view = context_.view(part.kv, chunks_[chunk].first_block);
       const MatrixView<Element> queries{view.query(0), params_.query.stride_row};
-      const MatrixView<Element> grad_outs{row_pointer<Element>(params_.grad_out, view.batch, view.head), params_.grad_out.stride_row};
+      const MatrixView<Element> grad_outs{row_pointer<Element>(params_.grad_out, view.batch, view.head),
+                                          params_.grad_out.stride_row};
       for (int64_t key = first_key; key < last_key; ++key) {
         const int64_t begin = entries_end(part, chunk, key), size = entries_end(part, next, key) - begin;
         const Entry<Real>* entries = filed_.data.data() + begin;
-        prefetch_rows(queries, key_dim, grad_outs, value_dim, entries + size, filed_.data.data() + entries_end(part, next, last_key - 1));
+        prefetch_rows(queries, key_dim, grad_outs, value_dim, entries + size,
+                      filed_.data.data() + entries_end(part, next, last_key - 1));
         const auto row_of = [=](int64_t j) { return entries[j].row; };
         if (params_.grad_key.data != nullptr) {
-          gather_sum<true>(queries, key_dim, size, row_of, [=](int64_t j) { return entries[j].grad_score; },
-                           key_sums + (key - first_key) * key_dim);
+          gather_sum<true>(
+              queries, key_dim, size, row_of, [=](int64_t j) { return entries[j].grad_score; },
+              key_sums + (key - first_key) * key_dim);
         }
         if (params_.grad_value.data != nullptr) {
-          gather_sum<true>(grad_outs, value_dim, size, row_of, [=](int64_t j) { return entries[j].prob; },
-                           value_sums + (key - first_key) * value_dim);
+          gather_sum<true>(
+              grad_outs, value_dim, size, row_of, [=](int64_t j) { return entries[j].prob; },
+              value_sums + (key - first_key) * value_dim);
         }
         if (context_.wants_mask() && params_.mask.stride_row == 0) {
           Real sum = 0;
@@ -555,7 +588,8 @@ class ListGradients {
     const auto write = [&](const Rows& grad, int64_t dim, const Real* from, Real factor) {
       if (grad.data == nullptr) return;
       for (int64_t key = first_key; key < last_key; ++key, from += dim) {
-        Element* to = mutable_row_pointer<Element>(grad, part.kv / params_.num_kv_heads, part.kv % params_.num_kv_heads, key);
+        Element* to =
+            mutable_row_pointer<Element>(grad, part.kv / params_.num_kv_heads, part.kv % params_.num_kv_heads, key);
         for (int64_t d = 0; d < dim; d += kLanes<Real>) store(to + d, load(from + d) * factor);
       }
     };
@@ -573,7 +607,8 @@ class ListGradients {
   int64_t first_chunk_ = 0, num_chunks_ = 0;  // of the wave at hand
 };
 
-// ---- the whole pass ---------------------------------------------------------------------------------------------------
+// ---- the whole pass
+// ---------------------------------------------------------------------------------------------------
 
 template <class Element>
 std::vector<Chunk> make_chunks(const BackwardContext<Element>& context) {
@@ -586,7 +621,8 @@ std::vector<Chunk> make_chunks(const BackwardContext<Element>& context) {
       Chunk chunk{kv, first, std::min(first + kChunkBlocks, head_end), 0};
       for (int64_t block = first; block < chunk.last_block; ++block) {
         if (!context.is_saved(kv, block)) continue;
-        const int64_t first_row = block % blocks_per_head * kRowBlock, row_index = context.row_index(context.view(kv, block), 0);
+        const int64_t first_row = block % blocks_per_head * kRowBlock,
+                      row_index = context.row_index(context.view(kv, block), 0);
         for (int64_t row = first_row; row < std::min(params.num_queries, first_row + kRowBlock); ++row) {
           chunk.num_entries += params.support_size[row_index + row];
         }
@@ -601,14 +637,16 @@ std::vector<Chunk> make_chunks(const BackwardContext<Element>& context) {
 // Consecutive chunks, as many as kWaveBytes allow, split by kv head. Where the mask's gradient is wanted a wave has one
 // query head, so that heads which share elements of the mask add to them one after the other.
 template <class Element>
-std::vector<std::vector<WavePart>> make_waves(const BackwardContext<Element>& context, const std::vector<Chunk>& chunks) {
+std::vector<std::vector<WavePart>> make_waves(const BackwardContext<Element>& context,
+                                              const std::vector<Chunk>& chunks) {
   using Real = Accumulator<Element>;
   const int64_t entry_bytes = sizeof(Entry<Real>);
   std::vector<std::vector<WavePart>> waves;
   int64_t bytes = 0, entries = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()); ++i) {
     const Chunk& chunk = chunks[i];
-    const int64_t chunk_bytes = chunk.num_entries * entry_bytes + context.params.num_keys * static_cast<int64_t>(sizeof(int32_t));
+    const int64_t chunk_bytes =
+        chunk.num_entries * entry_bytes + context.params.num_keys * static_cast<int64_t>(sizeof(int32_t));
     const bool starts_head = chunk.first_block % context.layout.blocks_per_head == 0;
     if (waves.empty() || bytes + chunk_bytes > kWaveBytes || (context.wants_mask() && starts_head)) {
       waves.emplace_back();
@@ -630,7 +668,8 @@ void zero_rows(const Rows& rows, const AttentionProblem& problem, int64_t num_he
   if (rows.data == nullptr) return;
   for (int64_t head = 0; head < problem.batch * num_heads; ++head) {
     for (int64_t row = 0; row < num_rows; ++row) {
-      fill_row(mutable_row_pointer<Element>(rows, head / num_heads, head % num_heads, row), dim, Accumulator<Element>(0));
+      fill_row(mutable_row_pointer<Element>(rows, head / num_heads, head % num_heads, row), dim,
+               Accumulator<Element>(0));
     }
   }
 }
@@ -683,11 +722,16 @@ void backward_typed(const AttentionBackward& params, const Parallel& parallel) {
 
 inline void attention_backward(const AttentionBackward& params, const Parallel& parallel) {
   switch (params.dtype) {
-    case DataType::kFloat32: return backward_typed<float>(params, parallel);
-    case DataType::kBFloat16: return backward_typed<BFloat16>(params, parallel);
-    case DataType::kFloat16: return backward_typed<Float16>(params, parallel);
-    case DataType::kFloat64: return backward_typed<double>(params, parallel);
-    case DataType::kBool: break;
+    case DataType::kFloat32:
+      return backward_typed<float>(params, parallel);
+    case DataType::kBFloat16:
+      return backward_typed<BFloat16>(params, parallel);
+    case DataType::kFloat16:
+      return backward_typed<Float16>(params, parallel);
+    case DataType::kFloat64:
+      return backward_typed<double>(params, parallel);
+    case DataType::kBool:
+      break;
   }
   throw std::invalid_argument("adasplash2: expected a floating point dtype");
 }

@@ -68,16 +68,18 @@ struct ScanKeys {
       run_tasks(parallel, problem.batch * problem.num_kv_heads * panels_per_head, [&] {
         return [&](int64_t task) {
           const int64_t kv_index = task / panels_per_head, first = task % panels_per_head * kPanelCols;
-          quantize_panel(row_pointer<Element>(problem.key, kv_index / problem.num_kv_heads, kv_index % problem.num_kv_heads, first),
-                         problem.key.stride_row, std::min<int64_t>(kPanelCols, problem.num_keys - first), problem.head_dim,
-                         task, quantized);
+          quantize_panel(row_pointer<Element>(problem.key, kv_index / problem.num_kv_heads,
+                                              kv_index % problem.num_kv_heads, first),
+                         problem.key.stride_row, std::min<int64_t>(kPanelCols, problem.num_keys - first),
+                         problem.head_dim, task, quantized);
         };
       });
     }
   }
 };
 
-// ---- block mask -------------------------------------------------------------------------------------------------------
+// ---- block mask
+// -------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMaskTile = 64;
 constexpr uint8_t kTileUnmasked = 1, kTileLive = 2;
@@ -112,15 +114,17 @@ void mark_unmasked(const HeadView<Element>& view, const RowBlock& block, const B
   }
 }
 
-// ---- lists or strips --------------------------------------------------------------------------------------------------
+// ---- lists or strips
+// --------------------------------------------------------------------------------------------------
 
-constexpr int64_t kStripPanels = 4;       // so few keys are always done in strips
-constexpr float kStripDensity = 0.12f;    // strips are faster where rows keep more than this part of their keys
-constexpr int64_t kFirstEstimate = 4;     // panels scanned before the first estimate of that part; then 8, 16, ...
-constexpr int64_t kEstimatedRows = 8;     // every so many rows are asked
-constexpr int64_t kSampledCols = 256;     // of a strip row, for the first guess at its tau
+constexpr int64_t kStripPanels = 4;     // so few keys are always done in strips
+constexpr float kStripDensity = 0.12f;  // strips are faster where rows keep more than this part of their keys
+constexpr int64_t kFirstEstimate = 4;   // panels scanned before the first estimate of that part; then 8, 16, ...
+constexpr int64_t kEstimatedRows = 8;   // every so many rows are asked
+constexpr int64_t kSampledCols = 256;   // of a strip row, for the first guess at its tau
 
-// ---- one task ---------------------------------------------------------------------------------------------------------
+// ---- one task
+// ---------------------------------------------------------------------------------------------------------
 
 template <class Element>
 class ForwardWorker {
@@ -204,16 +208,18 @@ class ForwardWorker {
   }
 
   template <Exponent kExponent>
-  void scan_one(const HeadView<Element>& view, const RowBlock& block, const Real* packed_keys, int64_t kv_index, int64_t panel,
-                const Power<Real, kExponent>& power) {
+  void scan_one(const HeadView<Element>& view, const RowBlock& block, const Real* packed_keys, int64_t kv_index,
+                int64_t panel, const Power<Real, kExponent>& power) {
     if constexpr (!std::is_same_v<Real, double>) {
-      if (!is_exact_) return scan_panel_quantized(view, block, quantized_queries_, keys_.quantized, kv_index, panel, power, *lists_);
+      if (!is_exact_)
+        return scan_panel_quantized(view, block, quantized_queries_, keys_.quantized, kv_index, panel, power, *lists_);
     }
     scan_panel(view, block, groups_.data(), packed_keys + panel * keys_.panels.panel_size(), panel, power, *lists_);
   }
 
-  // The part of their keys that the rows will keep, from the panels scanned so far (the last ones). An estimate: it decides
-  // how the block is computed, never what. It depends on the data alone, so the choice is the same on every run.
+  // The part of their keys that the rows will keep, from the panels scanned so far (the last ones). An estimate: it
+  // decides how the block is computed, never what. It depends on the data alone, so the choice is the same on every
+  // run.
   template <Exponent kExponent>
   float estimated_density(const HeadView<Element>& view, const RowBlock& block, int64_t num_scanned,
                           const Power<Real, kExponent>& power) {
@@ -248,8 +254,7 @@ class ForwardWorker {
       for (int64_t panel = 0; panel < block.num_panels; ++panel) {
         const int64_t index = kv_index * keys_.quantized.panels_per_head + panel;
         norm = std::max(norm, keys_.quantized.norm[index]);
-        const float residual = keys_.quantized.residual_norm[index];
-        residual_norm = residual <= residual_norm ? residual_norm : residual;  // NaN gets through
+        residual_norm = max_or_nan(residual_norm, keys_.quantized.residual_norm[index]);
       }
       if (!quantize_queries(view, block, norm, residual_norm, quantized_queries_)) return false;
       for (int64_t row = 0; row < block.num_rows; ++row) lists_->margin[row] = 2 * quantized_queries_.epsilon[row];
@@ -269,14 +274,17 @@ class ForwardWorker {
       }
     }
     const MatrixView<Element> keys{view.key(0), params_.key.stride_row};
-    for_key_ranges(columns_, block.num_rows, params_.num_keys, keys, dim, [&](int64_t row, int64_t begin, int64_t count) {
-      gather_dot(query_rows_.data() + row * dim, keys, dim, columns_[row].column + begin, count, lists_->score[row] + begin);
-    });
+    for_key_ranges(columns_, block.num_rows, params_.num_keys, keys, dim,
+                   [&](int64_t row, int64_t begin, int64_t count) {
+                     gather_dot(query_rows_.data() + row * dim, keys, dim, columns_[row].column + begin, count,
+                                lists_->score[row] + begin);
+                   });
   }
 
   // Scores -> tau, gaps (saved) and probabilities (kept in the lists).
   template <Exponent kExponent>
-  void solve_row(const HeadView<Element>& view, const RowBlock& block, int64_t row, const Power<Real, kExponent>& power) {
+  void solve_row(const HeadView<Element>& view, const RowBlock& block, int64_t row,
+                 const Power<Real, kExponent>& power) {
     const Real unit = view.units.unit;
     Real* score = lists_->score[row];
     int32_t* column = lists_->column[row];
@@ -293,7 +301,8 @@ class ForwardWorker {
     const Real score_max = list_max(score, size).max;
     const Real start = std::max(lists_->lower[row] + lists_->margin[row] / 2 - score_max, -1 / unit);
     const Real tau_shifted = list_tau(power, score, size, score_max, start, unit);
-    for (int64_t j = 0; j < size; j += kLanes<Real>) store(score + j, ((load(score + j) - score_max) - tau_shifted) * unit);
+    for (int64_t j = 0; j < size; j += kLanes<Real>)
+      store(score + j, ((load(score + j) - score_max) - tau_shifted) * unit);
     pad(score, size);
     size = list_keep_above(score, column, size, Real(0));  // scores have become gaps
     lists_->size[row] = static_cast<int32_t>(size);
@@ -308,7 +317,8 @@ class ForwardWorker {
       for (int64_t j = 0; j < size; ++j) block_mask_.mark(block.first_row + row, column[j], kTileLive);
     }
     pad(score, size);
-    for (int64_t j = 0; j < size; j += kLanes<Real>) store(score + j, power.prob(max<Real>(load(score + j), Vector<Real>{})));
+    for (int64_t j = 0; j < size; j += kLanes<Real>)
+      store(score + j, power.prob(max<Real>(load(score + j), Vector<Real>{})));
   }
 
   void sum_values(const HeadView<Element>& view, const RowBlock& block) {
@@ -316,9 +326,11 @@ class ForwardWorker {
     const MatrixView<Element> values{view.value(0), params_.value.stride_row};
     std::fill_n(out_rows_.data(), block.num_rows * dim, Real(0));
     for (int64_t row = 0; row < block.num_rows; ++row) columns_[row] = {lists_->column[row], lists_->size[row]};
-    for_key_ranges(columns_, block.num_rows, params_.num_keys, values, dim, [&](int64_t row, int64_t begin, int64_t count) {
-      gather_sum<true>(values, dim, columns_[row].column + begin, lists_->score[row] + begin, count, out_rows_.data() + row * dim);
-    });
+    for_key_ranges(columns_, block.num_rows, params_.num_keys, values, dim,
+                   [&](int64_t row, int64_t begin, int64_t count) {
+                     gather_sum<true>(values, dim, columns_[row].column + begin, lists_->score[row] + begin, count,
+                                      out_rows_.data() + row * dim);
+                   });
     for (int64_t row = 0; row < block.num_rows; ++row) write_out(view, block, row, out_rows_.data() + row * dim);
   }
 
@@ -390,8 +402,8 @@ class ForwardWorker {
   ScanKeys<Element>& keys_;
   const SupportLayout layout_;
   QuantizedQueries quantized_queries_;
-  bool is_exact_ = true;  // the lists hold scores, not candidates by quantised scores
-  Buffer<Real> groups_;    // the block's queries, packed
+  bool is_exact_ = true;     // the lists hold scores, not candidates by quantised scores
+  Buffer<Real> groups_;      // the block's queries, packed
   Buffer<Real> query_rows_;  // [kRowBlock, D], times query_factor
   ColumnList columns_[kRowBlock];
   Buffer<Real> out_rows_;  // [kRowBlock, Dv]
@@ -415,11 +427,16 @@ void forward_typed(const AttentionForward& params, const Parallel& parallel) {
 
 inline void attention_forward(const AttentionForward& params, const Parallel& parallel) {
   switch (params.dtype) {
-    case DataType::kFloat32: return forward_typed<float>(params, parallel);
-    case DataType::kBFloat16: return forward_typed<BFloat16>(params, parallel);
-    case DataType::kFloat16: return forward_typed<Float16>(params, parallel);
-    case DataType::kFloat64: return forward_typed<double>(params, parallel);
-    case DataType::kBool: break;
+    case DataType::kFloat32:
+      return forward_typed<float>(params, parallel);
+    case DataType::kBFloat16:
+      return forward_typed<BFloat16>(params, parallel);
+    case DataType::kFloat16:
+      return forward_typed<Float16>(params, parallel);
+    case DataType::kFloat64:
+      return forward_typed<double>(params, parallel);
+    case DataType::kBool:
+      break;
   }
   throw std::invalid_argument("adasplash2: expected a floating point dtype");
 }

@@ -34,7 +34,8 @@ struct Strip {
 };
 
 template <class Real>
-__attribute__((noinline)) void multiply_to(const Real* group, const Real* panel, int64_t depth, Real* out, int64_t stride) {
+__attribute__((noinline)) void multiply_to(const Real* group, const Real* panel, int64_t depth, Real* out,
+                                           int64_t stride) {
   for (int sub = 0; sub < kPanelCols / kTileCols<Real>; ++sub) {
     TileAccumulators<Real> acc;
     multiply_tile(group, panel + sub * depth * kTileCols<Real>, depth, acc);
@@ -48,10 +49,12 @@ __attribute__((noinline)) void multiply_to(const Real* group, const Real* panel,
   }
 }
 
-// The scores u of the rows [first, first + strip.rows) of a block; keys that take no part get the lowest number there is.
+// The scores u of the rows [first, first + strip.rows) of a block; keys that take no part get the lowest number there
+// is.
 template <class Element>
-void score_strip(const HeadView<Element>& view, const RowBlock& block, int64_t first, const Accumulator<Element>* groups,
-                 const Accumulator<Element>* packed_keys, Strip<Accumulator<Element>>& strip) {
+void score_strip(const HeadView<Element>& view, const RowBlock& block, int64_t first,
+                 const Accumulator<Element>* groups, const Accumulator<Element>* packed_keys,
+                 Strip<Accumulator<Element>>& strip) {
   using Real = Accumulator<Element>;
   const int64_t depth = view.problem.head_dim, last = std::min(block.num_rows, first + strip.rows);
   const Vector<Real> lowest = broadcast(kLowest<Real>);
@@ -62,8 +65,7 @@ void score_strip(const HeadView<Element>& view, const RowBlock& block, int64_t f
       MaskPanel<Real> masks[kTileRows];
       const auto seen = block.group_view(row / kTileRows, panel, view.problem.mask.data != nullptr);
       const bool is_edited = seen == RowBlock::View::kPart;
-      if (seen == RowBlock::View::kNothing ||
-          (is_edited && !block.load_masks(view, row / kTileRows, panel, masks))) {
+      if (seen == RowBlock::View::kNothing || (is_edited && !block.load_masks(view, row / kTileRows, panel, masks))) {
         for (int i = 0; i < kTileRows; ++i) fill_row(out + i * strip.stride, kPanelCols, kLowest<Real>);
         continue;
       }
@@ -125,7 +127,8 @@ template <class Element>
 bool all_finite(const MatrixView<Element>& matrix, int64_t count, int64_t dim) {
   Vector<Accumulator<Element>> zero = {};
   for (int64_t row = 0; row < count; ++row) {
-    for (int64_t d = 0; d < dim; d += kLanes<Accumulator<Element>>) zero += load(matrix.row(row) + d) * Accumulator<Element>(0);
+    for (int64_t d = 0; d < dim; d += kLanes<Accumulator<Element>>)
+      zero += load(matrix.row(row) + d) * Accumulator<Element>(0);
   }
   const auto sum = reduce_add<Accumulator<Element>>(zero);
   return sum == sum;

@@ -81,8 +81,8 @@ struct Sums {
 
 // Sums at gap = unit * ((score - origin) - t).
 template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE Sums<Real> list_sums(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real origin, Real t,
-                                       Real unit) {
+ADASPLASH2_INLINE Sums<Real> list_sums(const Power<Real, kExponent>& power, const Real* score, int64_t size,
+                                       Real origin, Real t, Real unit) {
   Vector<Real> prob_sum = {}, weight_sum = {}, count = {};
   const Vector<Real> zero = {}, one = broadcast(Real(1));
   for (int64_t j = 0; j < size; j += kLanes<Real>) {
@@ -119,13 +119,14 @@ ADASPLASH2_INLINE int64_t list_keep_above(Real* score, int32_t* column, int64_t 
 // tau - score_max of a list of finite scores, in the list's units; score_max is the list's maximum, `start` any number
 // (the closer the better). Relative to the maximum, tau has all its digits however large the scores are.
 //
-// From the left of tau: Newton on the norm, which never passes it; within reach of it for alpha = 1.5, the exact root of
-// sum gap^2 = 1 over the keys above t. From the right: that root too, or Newton on the sum, which is convex, and lands on
-// the left. Steps end when one is so short that what it leaves is below rounding: for alpha = 1.5 that is second order in
-// the step (only keys that it crosses count), for alpha = 2 the sum is piecewise linear and the step itself ends it.
+// From the left of tau: Newton on the norm, which never passes it; within reach of it for alpha = 1.5, the exact root
+// of sum gap^2 = 1 over the keys above t. From the right: that root too, or Newton on the sum, which is convex, and
+// lands on the left. Steps end when one is so short that what it leaves is below rounding: for alpha = 1.5 that is
+// second order in the step (only keys that it crosses count), for alpha = 2 the sum is piecewise linear and the step
+// itself ends it.
 template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real score_max, Real start,
-                                Real unit) {
+ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real score_max,
+                                Real start, Real unit) {
   constexpr int kMostSteps = 100;  // 3 to 6 are usual; the bound only guards against cycles by rounding
   constexpr Real kEpsilon = std::numeric_limits<Real>::epsilon();
   const Real tolerance = (kExponent == Exponent::kSquare ? std::sqrt(kEpsilon) / 8 : 4 * kEpsilon) / unit;
@@ -152,12 +153,12 @@ ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real*
   return t;
 }
 
-// How many keys of a list would stay in the support if the list were a sample, one in 1 / fraction, of all keys, and where
-// their tau - score_max would be: the t with sum prob = fraction. Newton from `start`, a lower bound on tau of the list;
-// not converged: an estimate is all that is wanted.
+// How many keys of a list would stay in the support if the list were a sample, one in 1 / fraction, of all keys, and
+// where their tau - score_max would be: the t with sum prob = fraction. Newton from `start`, a lower bound on tau of
+// the list; not converged: an estimate is all that is wanted.
 template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE Real list_sampled_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real score_max,
-                                        Real start, Real unit, Real fraction) {
+ADASPLASH2_INLINE Real list_sampled_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size,
+                                        Real score_max, Real start, Real unit, Real fraction) {
   constexpr int kSteps = 6;
   Real t = start;
   for (int step = 0; step < kSteps; ++step) {

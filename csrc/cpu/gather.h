@@ -17,10 +17,12 @@ template <int kVectors, class Element>
 ADASPLASH2_INLINE void prefetch_row(const Element* row) {
   constexpr int kBytes = kVectors * kLanes<Accumulator<Element>> * static_cast<int>(sizeof(Element));
 #pragma GCC unroll 16
-  for (int line = 0; line < (kBytes + 63) / 64; ++line) __builtin_prefetch(reinterpret_cast<const char*>(row) + 64 * line);
+  for (int line = 0; line < (kBytes + 63) / 64; ++line)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + 64 * line);
 }
 
-// Splits a row of `dim` elements into pieces of kMost (at most 8), .., 2 and 1 vectors: function(first element, vectors).
+// Splits a row of `dim` elements into pieces of kMost (at most 8), .., 2 and 1 vectors: function(first element,
+// vectors).
 template <class Real, int kMost = 8, class Function>
 ADASPLASH2_INLINE void for_pieces(int64_t dim, Function function) {
   int64_t first = 0;
@@ -80,7 +82,8 @@ ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim
 template <bool kAccumulate, class Element>
 ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim, const int32_t* row,
                                   const Accumulator<Element>* weight, int64_t count, Accumulator<Element>* out) {
-  gather_sum<kAccumulate>(matrix, dim, count, [=](int64_t j) { return row[j]; }, [=](int64_t j) { return weight[j]; }, out);
+  gather_sum<kAccumulate>(
+      matrix, dim, count, [=](int64_t j) { return row[j]; }, [=](int64_t j) { return weight[j]; }, out);
 }
 
 // Sums of kLanes vectors in one vector, by a tree of pairwise additions of neighbours.
@@ -139,8 +142,8 @@ struct ColumnList {
 constexpr int64_t kEntriesPerRange = 32;
 constexpr int64_t kKeysPerRange = 512;  // at least
 
-// function(row, its first entry, number of entries) for every row and range: ranges from the last to the first, the rows in
-// order within a range. The matrix' rows that the next call names are on their way while one runs.
+// function(row, its first entry, number of entries) for every row and range: ranges from the last to the first, the
+// rows in order within a range. The matrix' rows that the next call names are on their way while one runs.
 template <class Element, class Function>
 ADASPLASH2_INLINE void for_key_ranges(const ColumnList* lists, int64_t num_rows, int64_t num_keys,
                                       const MatrixView<Element>& matrix, int64_t dim, Function function) {

@@ -32,7 +32,8 @@ inline double head_alpha(const AttentionProblem& problem, int64_t batch, int64_t
 
 template <class Element>
 const Element* row_pointer(const Rows& rows, int64_t batch, int64_t head, int64_t row = 0) {
-  return static_cast<const Element*>(rows.data) + batch * rows.stride_batch + head * rows.stride_head + row * rows.stride_row;
+  return static_cast<const Element*>(rows.data) + batch * rows.stride_batch + head * rows.stride_head +
+         row * rows.stride_row;
 }
 
 template <class Element>
@@ -108,7 +109,8 @@ void load_mask_panel(const HeadView<Element>& view, int64_t row, int64_t first_k
   }
   panel.has_bias = true;
   for (int j = count; j < kPanelCols; ++j) panel.bias[j] = 0;
-  load_bias(static_cast<const Element*>(mask.data) + offset, mask.stride_col, count, view.units.bias_factor, panel.bias);
+  load_bias(static_cast<const Element*>(mask.data) + offset, mask.stride_col, count, view.units.bias_factor,
+            panel.bias);
 }
 
 }  // namespace adasplash2::cpu::ADASPLASH2_ISA

@@ -16,10 +16,12 @@ struct IsaLevel {
 const std::vector<IsaLevel>& levels() {  // slowest first
   static const std::vector<IsaLevel> levels = [] {
     __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return std::vector<IsaLevel>{{baseline::kKernels, true}, {avx2::kKernels, has_avx2}, {avx512::kKernels, has_avx512}};
+    return std::vector<IsaLevel>{
+        {baseline::kKernels, true}, {avx2::kKernels, has_avx2}, {avx512::kKernels, has_avx512}};
   }();
   return levels;
 }

@@ -20,12 +20,13 @@ inline bool has_quantized_scan() { return __builtin_cpu_supports("avx512vnni") !
 inline bool has_quantized_scan() { return false; }
 #endif
 
-constexpr int64_t kQuantizedKeys = 512;  // from so many keys on; below, re-scoring the candidates costs more than it saves
-constexpr float kMostMargin = 0.25f;     // largest mean of 2 eps in units of z, of the window's width 1
+constexpr int64_t kQuantizedKeys =
+    512;                              // from so many keys on; below, re-scoring the candidates costs more than it saves
+constexpr float kMostMargin = 0.25f;  // largest mean of 2 eps in units of z, of the window's width 1
 
 // Keys as bytes k^ / scale + 128, [panel][D / 4][kPanelCols][4], with one scale a panel.
 struct QuantizedKeys {
-  Buffer<uint32_t> data;  // four bytes each
+  Buffer<uint32_t> data;                     // four bytes each
   Buffer<float> scale, residual_norm, norm;  // per panel; the norms are the largest of its rows
   int64_t panels_per_head = 0, panel_size = 0;
 
@@ -60,7 +61,8 @@ template <class Element>
 QuantizedRow quantize_row(const Element* row, int64_t dim, float factor, float scale, int8_t* quantized) {
   if (scale == 0) {
     Vector<float> largest = {};
-    for (int64_t d = 0; d < dim; d += 16) largest = max<float>(largest, (Vector<float>)_mm512_abs_ps((__m512)(load(row + d) * factor)));
+    for (int64_t d = 0; d < dim; d += 16)
+      largest = max<float>(largest, (Vector<float>)_mm512_abs_ps((__m512)(load(row + d) * factor)));
     scale = std::max(reduce_max<float>(largest) / 127, std::numeric_limits<float>::min());
   }
   const float inverse = 1 / scale;
@@ -83,7 +85,8 @@ QuantizedRow quantize_row(const Element* row, int64_t dim, float factor, float s
 }
 
 template <class Element>
-void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t dim, int64_t index, QuantizedKeys& keys) {
+void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t dim, int64_t index,
+                    QuantizedKeys& keys) {
   uint32_t* out = keys.data.data() + index * keys.panel_size;
   Vector<float> largest = {};
   for (int64_t row = 0; row < count; ++row) {
@@ -100,8 +103,7 @@ void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count,
     if (col < count) {
       const QuantizedRow row = quantize_row(first_row + col * stride_row, dim, 1.0f, scale, bytes);
       norm = std::max(norm, row.quantized_norm);
-      // NaN must get through the maximum.
-      residual_norm = row.residual_norm <= residual_norm ? residual_norm : row.residual_norm;
+      residual_norm = max_or_nan(residual_norm, row.residual_norm);
     }
     for (int64_t d = 0; d < dim; d += 4) {
       uint32_t four;
@@ -129,7 +131,8 @@ bool quantize_queries(const HeadView<Element>& view, const RowBlock& block, floa
     queries.epsilon[row] = 0;
     queries.offset[row] = 0;
     if (row < block.num_rows) {
-      const QuantizedRow quantized = quantize_row(view.query(block.first_row + row), dim, view.units.query_factor, 0.0f, bytes);
+      const QuantizedRow quantized =
+          quantize_row(view.query(block.first_row + row), dim, view.units.query_factor, 0.0f, bytes);
       queries.scale[row] = quantized.scale;
       queries.offset[row] = 128 * quantized.sum;
       // The last term covers the rounding of these numbers and of both scores to float.
@@ -159,16 +162,19 @@ struct QuantizedThresholds {
       const __m512i below = _mm512_cvt_roundps_epi32(clamped, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
       const __m512i first = _mm512_add_epi32(below, _mm512_set1_epi32(1));
       _mm512_store_si512(base + row, first);
-      _mm512_store_si512(start + row, _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(first, _mm512_load_si512(queries.offset + row))));
+      _mm512_store_si512(
+          start + row,
+          _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(first, _mm512_load_si512(queries.offset + row))));
       _mm512_store_ps(factor + row, scale);
     }
   }
 };
 
 template <bool kEdited>
-__attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const uint32_t* panel, int64_t depth, int32_t first_key,
-                                                    int64_t first_row, const QuantizedThresholds& thresholds,
-                                                    const uint64_t* allowed, RowLists<float>& lists) {
+__attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const uint32_t* panel, int64_t depth,
+                                                    int32_t first_key, int64_t first_row,
+                                                    const QuantizedThresholds& thresholds, const uint64_t* allowed,
+                                                    RowLists<float>& lists) {
   __m512i acc[kTileRows][4];
 #pragma GCC unroll 6
   for (int row = 0; row < kTileRows; ++row) {
@@ -190,7 +196,8 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
 #pragma GCC unroll 6
   for (int row = 0; row < kTileRows; ++row) {
     // Negative in every lane: no hit among 64 keys.
-    const __m512i all = _mm512_and_si512(_mm512_and_si512(acc[row][0], acc[row][1]), _mm512_and_si512(acc[row][2], acc[row][3]));
+    const __m512i all =
+        _mm512_and_si512(_mm512_and_si512(acc[row][0], acc[row][1]), _mm512_and_si512(acc[row][2], acc[row][3]));
     if (_mm512_movepi32_mask(all) == 0xffff) continue;
     int32_t size = lists.size[first_row + row];
     float* score = lists.score[first_row + row];
@@ -202,7 +209,8 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
       uint32_t hits = static_cast<uint16_t>(~_mm512_movepi32_mask(acc[row][v]));
       if constexpr (kEdited) hits &= static_cast<uint32_t>(allowed[row] >> (16 * v));
       const __m512 scores = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(acc[row][v], base)), factor);
-      size += append_compressed<float>(score + size, column + size, hits & 0xffff, (Vector<float>)scores, first_key + 16 * v);
+      size += append_compressed<float>(score + size, column + size, hits & 0xffff, (Vector<float>)scores,
+                                       first_key + 16 * v);
     }
     lists.size[first_row + row] = size;
   }
@@ -210,8 +218,8 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
 
 template <class Element, Exponent kExponent>
 void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, const QuantizedQueries& queries,
-                          const QuantizedKeys& keys, int64_t kv_index, int64_t panel, const Power<float, kExponent>& power,
-                          RowLists<float>& lists) {
+                          const QuantizedKeys& keys, int64_t kv_index, int64_t panel,
+                          const Power<float, kExponent>& power, RowLists<float>& lists) {
   const int64_t depth = view.problem.head_dim / 4, index = kv_index * keys.panels_per_head + panel;
   const uint32_t* packed_panel = keys.data.data() + index * keys.panel_size;
   const int32_t first_key = static_cast<int32_t>(panel * kPanelCols);
@@ -225,7 +233,8 @@ void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, 
       scan_group_quantized<false>(rows, packed_panel, depth, first_key, group * kTileRows, thresholds, nullptr, lists);
     } else {
       uint64_t allowed[kTileRows];
-      for (int row = 0; row < kTileRows; ++row) allowed[row] = allowed_keys(block.key_end[group * kTileRows + row] - first_key);
+      for (int row = 0; row < kTileRows; ++row)
+        allowed[row] = allowed_keys(block.key_end[group * kTileRows + row] - first_key);
       scan_group_quantized<true>(rows, packed_panel, depth, first_key, group * kTileRows, thresholds, allowed, lists);
     }
     for (int64_t row = group * kTileRows; row < (group + 1) * kTileRows; ++row) {
@@ -240,10 +249,12 @@ void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, 
 template <class Element>
 void quantize_panel(const Element*, int64_t, int64_t, int64_t, int64_t, QuantizedKeys&) {}
 template <class Element>
-bool quantize_queries(const HeadView<Element>&, const RowBlock&, float, float, QuantizedQueries&) { return false; }
+bool quantize_queries(const HeadView<Element>&, const RowBlock&, float, float, QuantizedQueries&) {
+  return false;
+}
 template <class Element, Exponent kExponent>
-void scan_panel_quantized(const HeadView<Element>&, const RowBlock&, const QuantizedQueries&, const QuantizedKeys&, int64_t,
-                          int64_t, const Power<float, kExponent>&, RowLists<float>&) {}
+void scan_panel_quantized(const HeadView<Element>&, const RowBlock&, const QuantizedQueries&, const QuantizedKeys&,
+                          int64_t, int64_t, const Power<float, kExponent>&, RowLists<float>&) {}
 
 #endif
 

@@ -1,9 +1,9 @@
 // The scan: one dense pass over the keys of a row block, keeping of each row the scores above a lower bound on tau.
 //
 // Operands are packed: keys in panels [panel][sub-tile][D][kTileCols], zero-padded, once per kv head; queries in groups
-// of kTileRows as [group][D][kTileRows]. A register tile of kTileRows x kTileCols accumulators is multiplied and filtered
-// without ever being written: only hits leave it, compressed into the row's list of (score, column). A list that has
-// grown by half is pruned by a better bound, one Newton step from the tau of what has been seen.
+// of kTileRows as [group][D][kTileRows]. A register tile of kTileRows x kTileCols accumulators is multiplied and
+// filtered without ever being written: only hits leave it, compressed into the row's list of (score, column). A list
+// that has grown by half is pruned by a better bound, one Newton step from the tau of what has been seen.
 #pragma once
 
 #include "cpu/entmax_math.h"
@@ -21,11 +21,14 @@ constexpr int kTileCols = kTileVectors * kLanes<Real>;
 static_assert(kRowBlock % kTileRows == 0, "a row block is whole groups of rows");
 static_assert(kPanelCols % kTileCols<float> == 0 && kPanelCols % kTileCols<double> == 0, "a panel is whole tiles");
 
-// ---- packing ----------------------------------------------------------------------------------------------------------
+// ---- packing
+// ----------------------------------------------------------------------------------------------------------
 
-// One panel of rows (keys, or values for dO V^T), transposed for the micro-kernel. `count` rows exist, the rest is zero.
+// One panel of rows (keys, or values for dO V^T), transposed for the micro-kernel. `count` rows exist, the rest is
+// zero.
 template <class Element>
-void pack_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t depth, Accumulator<Element>* packed) {
+void pack_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t depth,
+                Accumulator<Element>* packed) {
   using Real = Accumulator<Element>;
   constexpr int kCols = kTileCols<Real>, kBlock = kLanes<Real>;
   for (int64_t col = 0; col < kPanelCols; ++col) {
@@ -45,8 +48,8 @@ void pack_panel(const Element* first_row, int64_t stride_row, int64_t count, int
 
 // Rows [0, count) as groups [group][depth][kTileRows], each times `factor`; rows up to the last group's end are zero.
 template <class Element>
-void pack_groups(const Element* first_row, int64_t stride_row, int64_t count, int64_t depth, Accumulator<Element> factor,
-                 Accumulator<Element>* packed) {
+void pack_groups(const Element* first_row, int64_t stride_row, int64_t count, int64_t depth,
+                 Accumulator<Element> factor, Accumulator<Element>* packed) {
   using Real = Accumulator<Element>;
   const int64_t padded = (count + kTileRows - 1) / kTileRows * kTileRows;
   for (int64_t row = 0; row < padded; ++row) {
@@ -59,7 +62,8 @@ void pack_groups(const Element* first_row, int64_t stride_row, int64_t count, in
   }
 }
 
-// ---- the micro-kernel -------------------------------------------------------------------------------------------------
+// ---- the micro-kernel
+// -------------------------------------------------------------------------------------------------
 
 template <class Real>
 using TileAccumulators = Vector<Real>[kTileRows][kTileVectors];
@@ -84,7 +88,8 @@ ADASPLASH2_INLINE void multiply_tile(const Real* group, const Real* tile, int64_
   }
 }
 
-// ---- lists of a row block ---------------------------------------------------------------------------------------------
+// ---- lists of a row block
+// ---------------------------------------------------------------------------------------------
 
 template <class Real>
 struct RowLists {
@@ -146,7 +151,8 @@ constexpr int32_t kLeastGrowth = 48;  // entries; a list is pruned again when it
 
 // Raises a row's lower bound and drops what it rules out.
 template <class Real, Exponent kExponent>
-__attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const Power<Real, kExponent>& power, Real unit) {
+__attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const Power<Real, kExponent>& power,
+                                     Real unit) {
   const int32_t size = lists.size[row];
   Real* score = lists.score[row];
   if (size == 0) return;
@@ -173,12 +179,13 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
   lists.ensure_room(row);
 }
 
-// ---- scanning ---------------------------------------------------------------------------------------------------------
+// ---- scanning
+// ---------------------------------------------------------------------------------------------------------
 
 // One group of rows against one panel. kEdited: the masks say which keys take part and what is added to their scores.
 template <class Real, bool kEdited>
-ADASPLASH2_INLINE void scan_tiles(const Real* group, const Real* panel, int64_t depth, int32_t first_key, int64_t first_row,
-                                  const MaskPanel<Real>* masks, RowLists<Real>& lists) {
+ADASPLASH2_INLINE void scan_tiles(const Real* group, const Real* panel, int64_t depth, int32_t first_key,
+                                  int64_t first_row, const MaskPanel<Real>* masks, RowLists<Real>& lists) {
   const Real* __restrict lower = lists.lower + first_row;
   for (int sub = 0; sub < kPanelCols / kTileCols<Real>; ++sub) {
     TileAccumulators<Real> acc;
@@ -254,7 +261,8 @@ struct RowBlock {
 
   // The masks of a group of rows over a panel; false if they leave nothing.
   template <class Element>
-  bool load_masks(const HeadView<Element>& view, int64_t group, int64_t panel, MaskPanel<Accumulator<Element>>* masks) const {
+  bool load_masks(const HeadView<Element>& view, int64_t group, int64_t panel,
+                  MaskPanel<Accumulator<Element>>* masks) const {
     uint64_t any = 0;
     for (int64_t row = 0; row < kTileRows; ++row) {
       const int64_t block_row = group * kTileRows + row;
@@ -276,7 +284,8 @@ void scan_panel(const HeadView<Element>& view, const RowBlock& block, const Accu
   for (int64_t group = 0; group < block.num_groups(); ++group) {
     const Real* queries = groups + group * depth * kTileRows;
     switch (block.group_view(group, panel, view.problem.mask.data != nullptr)) {
-      case RowBlock::View::kNothing: continue;
+      case RowBlock::View::kNothing:
+        continue;
       case RowBlock::View::kEverything:
         scan_group<Real, false>(queries, packed_panel, depth, first_key, group * kTileRows, nullptr, lists);
         break;

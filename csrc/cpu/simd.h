@@ -1,10 +1,10 @@
 // Vectors of one instruction set: the only place where the instruction sets differ.
 //
 // Included once per instruction set, by csrc/cpu/isa/*.cpp, after that file has set the compilation target and defined
-// ADASPLASH2_ISA, and ADASPLASH2_AVX2 and ADASPLASH2_AVX512 where they hold. (g++ 12 does not define __AVX2__ and the like
-// under #pragma GCC target, so asking for those would silently build baseline vectors.) Everything lives in the namespace
-// adasplash2::cpu::ADASPLASH2_ISA, so nothing is shared between the builds by accident. Arithmetic is plain operators on
-// GCC vector types; functions exist for what operators cannot say.
+// ADASPLASH2_ISA, and ADASPLASH2_AVX2 and ADASPLASH2_AVX512 where they hold. (g++ 12 does not define __AVX2__ and the
+// like under #pragma GCC target, so asking for those would silently build baseline vectors.) Everything lives in the
+// namespace adasplash2::cpu::ADASPLASH2_ISA, so nothing is shared between the builds by accident. Arithmetic is plain
+// operators on GCC vector types; functions exist for what operators cannot say.
 #pragma once
 
 #include <immintrin.h>
@@ -61,7 +61,8 @@ constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(Real));
 template <class Real>
 constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 
-// ---- loads and stores, converting -------------------------------------------------------------------------------------
+// ---- loads and stores, converting
+// -------------------------------------------------------------------------------------
 
 template <class Real>
 ADASPLASH2_INLINE Vector<Real> broadcast(Real x) {
@@ -150,7 +151,8 @@ ADASPLASH2_INLINE Accumulator<Element> load_one(const Element* p) {
   }
 }
 
-// ---- lane arithmetic --------------------------------------------------------------------------------------------------
+// ---- lane arithmetic
+// --------------------------------------------------------------------------------------------------
 
 // NaN in either operand: x86's maximum returns the second one, so max(x, floor) turns a NaN x into floor.
 template <class Real>
@@ -170,6 +172,12 @@ ADASPLASH2_INLINE Vector<Real> square_root(Vector<Real> v) {
   if constexpr (std::is_same_v<Real, float>) return (Vector<Real>)_mm_sqrt_ps((__m128)v);
   else return (Vector<Real>)_mm_sqrt_pd((__m128d)v);
 #endif
+}
+
+// The larger number, or NaN if either is.
+template <class Real>
+ADASPLASH2_INLINE Real max_or_nan(Real a, Real b) {
+  return a != a || b <= a ? a : b;
 }
 
 template <class Real, class Reduce>
@@ -209,7 +217,8 @@ ADASPLASH2_INLINE uint32_t above(Vector<Real> a, Vector<Real> b) {
   if constexpr (std::is_same_v<Real, float>) return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ);
   else return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_NLE_UQ);
 #elif defined(ADASPLASH2_AVX2)
-  if constexpr (std::is_same_v<Real, float>) return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ));
+  if constexpr (std::is_same_v<Real, float>)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLE_UQ));
   else return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_NLE_UQ));
 #else
   if constexpr (std::is_same_v<Real, float>) return _mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b));
@@ -220,7 +229,8 @@ ADASPLASH2_INLINE uint32_t above(Vector<Real> a, Vector<Real> b) {
 // Writes the lanes of (score, first_column + lane) that are set in `mask` to the front of score[], column[] and returns
 // how many. May write kLanes elements whatever the mask.
 template <class Real>
-ADASPLASH2_INLINE int append_compressed(Real* score, int32_t* column, uint32_t mask, Vector<Real> v, int32_t first_column) {
+ADASPLASH2_INLINE int append_compressed(Real* score, int32_t* column, uint32_t mask, Vector<Real> v,
+                                        int32_t first_column) {
 #if defined(ADASPLASH2_AVX512)
   // Compress into a register, then store it whole: compressing stores are slow on some machines.
   if constexpr (std::is_same_v<Real, float>) {
@@ -229,9 +239,11 @@ ADASPLASH2_INLINE int append_compressed(Real* score, int32_t* column, uint32_t m
     _mm512_storeu_ps(score, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), (__m512)v));
     _mm512_storeu_si512(column, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), columns));
   } else {
-    const __m256i columns = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first_column));
+    const __m256i columns =
+        _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first_column));
     _mm512_storeu_pd(score, _mm512_maskz_compress_pd(static_cast<__mmask8>(mask), (__m512d)v));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(column), _mm256_maskz_compress_epi32(static_cast<__mmask8>(mask), columns));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(column),
+                        _mm256_maskz_compress_epi32(static_cast<__mmask8>(mask), columns));
   }
   return __builtin_popcount(mask);
 #else
@@ -249,7 +261,8 @@ ADASPLASH2_INLINE int append_compressed(Real* score, int32_t* column, uint32_t m
 
 // The same for lists: keeps the (score, column) pairs of the lanes set in `mask`.
 template <class Real>
-ADASPLASH2_INLINE int keep_compressed(Real* score, int32_t* column, uint32_t mask, Vector<Real> v, const int32_t* columns) {
+ADASPLASH2_INLINE int keep_compressed(Real* score, int32_t* column, uint32_t mask, Vector<Real> v,
+                                      const int32_t* columns) {
 #if defined(ADASPLASH2_AVX512)
   if constexpr (std::is_same_v<Real, float>) {
     const __m512i kept = _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), _mm512_loadu_si512(columns));
@@ -258,7 +271,8 @@ ADASPLASH2_INLINE int keep_compressed(Real* score, int32_t* column, uint32_t mas
   } else {
     const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns));
     _mm512_storeu_pd(score, _mm512_maskz_compress_pd(static_cast<__mmask8>(mask), (__m512d)v));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(column), _mm256_maskz_compress_epi32(static_cast<__mmask8>(mask), loaded));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(column),
+                        _mm256_maskz_compress_epi32(static_cast<__mmask8>(mask), loaded));
   }
   return __builtin_popcount(mask);
 #else
@@ -275,7 +289,8 @@ ADASPLASH2_INLINE int keep_compressed(Real* score, int32_t* column, uint32_t mas
 #endif
 }
 
-// ---- powers -----------------------------------------------------------------------------------------------------------
+// ---- powers
+// -----------------------------------------------------------------------------------------------------------
 
 // log2 x for x > 0 (finite, but not meaningful, elsewhere). For float: the artanh series on [sqrt(1/2), sqrt(2))
 // (|t| < 0.172, first dropped term below 4e-10). For double: libm, lane by lane.

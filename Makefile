@@ -1,0 +1,49 @@
+# make demo: the main job.   make test: everything that CI checks but the sanitizers.
+# Both make a virtual environment in .venv where VENV names none, install torch where it has none, and build.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: demo test build lint ctest sanitize clean
+
+demo: build
+	$(BIN)/python -m demo
+
+test: build ctest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+build: $(VENV)/.ready
+	$(BIN)/python setup.py -q build_ext --inplace
+
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/python tools/extras.py test bench lint | xargs $(BIN)/pip install -q 'setuptools<82' wheel
+	touch $@
+
+# The kernel layer and its C++ tests, without torch.
+ctest: $(VENV)/.ready
+	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null
+	cmake --build build/cmake -j2 >/dev/null
+	ctest --test-dir build/cmake --output-on-failure
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree so that the ordinary build stays.
+SANITIZED := build/sanitized
+sanitize: $(VENV)/.ready
+	mkdir -p $(SANITIZED)
+	git ls-files | xargs cp --parents -t $(SANITIZED)
+	cd $(SANITIZED) && ADASPLASH2_SANITIZE=address,undefined $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_robustness.py \
+	  tests/test_options.py tests/test_entmax.py -k 'not long'
+
+clean:
+	rm -rf build adasplash2/*.so
