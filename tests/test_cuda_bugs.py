@@ -89,6 +89,8 @@ def verdict(patches: tuple[Patch, ...]) -> str:
             return str(diagnosis)
         if not (run.tau_lower <= aux.tau + 1e-5).all():
             return "tau_lower is above tau"
+        if not (run.scan_mask | ~run.block_mask).all():
+            return "the block mask has tiles that the scan's has not"
         if not ((run.tau - aux.tau).abs() <= 1e-5).all():
             return "tau is wrong"
         for name, ours, exact in (("out", run.out, out), *zip(
