@@ -2,6 +2,7 @@ version: str
 has_cuda: bool
 cuda_missing: str
 support_layout: tuple[int, int, int]
+cuda_support_layout: tuple[int, int, int]
 
 def isa_levels() -> list[str]: ...
 def isa() -> str: ...

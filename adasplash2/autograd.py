@@ -1,7 +1,7 @@
 """Fake kernels of the operators: shapes and dtypes without data, for torch.compile and meta tensors.
 
-The schemas, autograd and autocast are registered in C++ (csrc/binding.cpp). What the backward pass saves, and why it is
-not the probabilities, is described in csrc/cpu/support_layout.h.
+The schemas, autograd and autocast are registered in C++ (csrc/binding.cpp). What is saved for the backward pass differs
+between devices: csrc/cpu/support_layout.h, csrc/cuda/support_layout.h.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _attention_forward_fake(
     num_keys = key.shape[2]
     rows = (batch, num_heads, num_queries)
     tiles = (batch, num_heads, -(-num_queries // _MASK_TILE), -(-num_keys // _MASK_TILE))
-    support_bytes = _support_bytes(query.dtype, batch * num_heads, num_queries, num_keys) if want_support else 0
+    support_bytes = _support_bytes(query, num_keys, value.shape[3]) if want_support else 0
     return (
         query.new_empty((*rows, value.shape[3])),
         query.new_empty(rows, dtype=_accumulation_dtype(query.dtype)),
@@ -48,13 +48,24 @@ def _attention_forward_fake(
     )
 
 
-def _support_bytes(dtype: torch.dtype, num_heads: int, num_queries: int, num_keys: int) -> int:
-    """The size of the saved support, SupportLayout::bytes of csrc/cpu/support_layout.h in symbolic integers."""
+def _support_bytes(query: Tensor, num_keys: int, value_head_dim: int) -> int:
+    """The size of the saved support: SupportLayout of the device, in symbolic integers."""
+    batch, num_heads, num_queries, _ = query.shape
+    if query.device.type == "cuda":
+        mask_rows, mask_keys, head_dim_multiple = _C.cuda_support_layout
+        words_per_group = -(-num_keys // mask_keys // 32)
+        mask_bytes = batch * num_heads * -(-num_queries // mask_rows) * words_per_group * 4
+        padded_head_dim = _round_up(value_head_dim, head_dim_multiple)
+        return _round_up(mask_bytes, 16) + batch * num_heads * num_queries * padded_head_dim * query.dtype.itemsize
     row_block, saved_per_row, header_bytes = _C.support_layout
-    real_bytes = 8 if dtype == torch.float64 else 4
-    origins = -(-num_heads * num_queries * 2 * real_bytes // 64) * 64
+    real_bytes = 8 if query.dtype == torch.float64 else 4
+    origins = _round_up(batch * num_heads * num_queries * 2 * real_bytes, 64)
     region = header_bytes + row_block * torch.sym_min(num_keys, saved_per_row) * (real_bytes + 4)
-    return origins + num_heads * -(-num_queries // row_block) * region
+    return origins + batch * num_heads * -(-num_queries // row_block) * region
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 @torch.library.register_fake("adasplash2::attention")
@@ -84,6 +95,7 @@ def _attention_backward_fake(
     attn_mask: Tensor | None,
     key_lengths: Tensor | None,
     alpha_heads: Tensor | None,
+    tau: Tensor,
     support_size: Tensor,
     support: Tensor,
     alpha: float,

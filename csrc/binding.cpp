@@ -1,4 +1,4 @@
-// The only file that knows torch: operator schemas, autograd, autocast, and the CPU entry points.
+// Attention as torch sees it: operator schemas, autograd, autocast, and the CPU entry points (CUDA: binding_cuda.cpp).
 //
 //   attention            what Python calls; differentiable (Autograd), cast like SDPA (Autocast)
 //   attention_forward    the forward kernels, with everything the backward pass wants saved
@@ -20,7 +20,10 @@
 #include "adasplash2.h"
 #include "check_tensor.h"
 #include "cpu/support_layout.h"
+#include "cuda/support_layout.h"
 #include "error.h"
+#include "math/block_mask.h"
+#include "problem_tensors.h"
 #include "torch_threads.h"
 
 namespace adasplash2 {
@@ -42,72 +45,6 @@ Tensor lazily_committed(int64_t bytes) {
   return at::from_blob(data, {bytes}, [bytes](void* mapped) { munmap(mapped, bytes); }, options);
 }
 
-struct ProblemTensors {  // keeps what the params point at alive
-  Tensor query, key, value, mask, key_lengths, alpha_heads;
-};
-
-void fill_problem(AttentionProblem& problem, ProblemTensors& tensors, const Tensor& query, const Tensor& key,
-                  const Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
-                  const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal) {
-  TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
-                    "adasplash2: query, key and value must have 4 dimensions, got ", query.dim(), ", ", key.dim(),
-                    " and ", value.dim());
-  const int64_t batch = query.size(0), num_heads = query.size(1), num_kv_heads = key.size(1);
-  const int64_t num_queries = query.size(2), num_keys = key.size(2), head_dim = query.size(3);
-  check_tensor(key, "key", {batch, num_kv_heads, num_keys, head_dim}, query);
-  check_tensor(value, "value", {batch, num_kv_heads, num_keys, value.size(3)}, query);
-  check_dtype(key, "key", query.scalar_type());
-  check_dtype(value, "value", query.scalar_type());
-  TORCH_CHECK_VALUE(num_kv_heads == num_heads || (num_kv_heads > 0 && num_heads % num_kv_heads == 0),
-                    "adasplash2: the number of query heads must be a multiple of the number of key heads, got ",
-                    num_heads, " and ", num_kv_heads);
-  problem.dtype = data_type(query);
-  problem.batch = batch;
-  problem.num_heads = num_heads;
-  problem.num_kv_heads = num_kv_heads;
-  problem.num_queries = num_queries;
-  problem.num_keys = num_keys;
-  tensors.query = padded_rows(query, cpu::kHeadDimMultiple);
-  tensors.key = padded_rows(key, cpu::kHeadDimMultiple);
-  tensors.value = padded_rows(value, cpu::kHeadDimMultiple);
-  problem.head_dim = tensors.query.size(3);
-  problem.value_head_dim = tensors.value.size(3);
-  problem.query = rows(tensors.query);
-  problem.key = rows(tensors.key);
-  problem.value = rows(tensors.value);
-  if (attn_mask) {
-    tensors.mask = *attn_mask;
-    TORCH_CHECK_VALUE(tensors.mask.dim() == 4, "adasplash2: attn_mask must have 4 dimensions, got ",
-                      tensors.mask.dim());
-    const std::array<int64_t, 4> full{batch, num_heads, num_queries, num_keys};
-    for (int64_t dim = 0; dim < 4; ++dim) {
-      TORCH_CHECK_VALUE(tensors.mask.size(dim) == 1 || tensors.mask.size(dim) == full[dim],
-                        "adasplash2: attn_mask must broadcast to ", at::IntArrayRef(full), ", got ",
-                        tensors.mask.sizes());
-    }
-    TORCH_CHECK_TYPE(tensors.mask.scalar_type() == at::kBool || tensors.mask.scalar_type() == query.scalar_type(),
-                     "adasplash2: attn_mask must be bool or have the dtype of query (", query.scalar_type(), "), got ",
-                     tensors.mask.scalar_type());
-    problem.mask = mask_view(tensors.mask);
-  }
-  if (key_lengths) {
-    check_tensor(*key_lengths, "key_lengths", {batch}, query);
-    tensors.key_lengths = key_lengths->to(at::kLong).contiguous();
-    problem.key_lengths = tensors.key_lengths.const_data_ptr<int64_t>();
-  }
-  if (alpha_heads) {
-    check_tensor(*alpha_heads, "alpha", {batch, num_heads}, query);
-    check_dtype(*alpha_heads, "alpha", at::kDouble);
-    tensors.alpha_heads = *alpha_heads;
-    problem.alpha_heads = tensors.alpha_heads.const_data_ptr<double>();
-    problem.alpha_stride_batch = tensors.alpha_heads.stride(0);
-    problem.alpha_stride_head = tensors.alpha_heads.stride(1);
-  }
-  problem.alpha = alpha;
-  problem.scale = scale;
-  problem.is_causal = is_causal;
-}
-
 at::ScalarType accumulation_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
@@ -118,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
     bool want_block_mask, bool want_support) {
   AttentionForward params;
   ProblemTensors tensors;
-  fill_problem(params, tensors, query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal);
+  fill_problem(params, tensors, query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal,
+               cpu::kHeadDimMultiple);
   const std::array<int64_t, 3> rows_shape{params.batch, params.num_heads, params.num_queries};
   const Tensor out =
       at::empty({params.batch, params.num_heads, params.num_queries, params.value_head_dim}, query.options());
@@ -137,18 +75,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
   params.block_mask = want_block_mask ? block_mask.data_ptr<uint8_t>() : nullptr;
   params.support = want_support ? support.data_ptr() : nullptr;
   cpu::attention_forward(params, torch_threads());
-  const bool is_padded = params.value_head_dim != value.size(3);
-  return {is_padded ? out.narrow(3, 0, value.size(3)).contiguous() : out, tau, support_size, block_mask, support};
+  return {unpadded_rows(out, value.size(3)), tau, support_size, block_mask, support};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
     const OptionalTensor& attn_mask, const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads,
-    const Tensor& support_size, const Tensor& support, double alpha, double scale, bool is_causal,
-    std::array<bool, 5> wanted) {
+    const Tensor& /*tau*/, const Tensor& support_size, const Tensor& support, double alpha, double scale,
+    bool is_causal, std::array<bool, 5> wanted) {
   AttentionBackward params;
   ProblemTensors tensors;
-  fill_problem(params, tensors, query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal);
+  fill_problem(params, tensors, query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal,
+               cpu::kHeadDimMultiple);
   check_tensor(grad_out, "grad_out", {params.batch, params.num_heads, params.num_queries, value.size(3)}, query);
   const std::array<int64_t, 3> rows_shape{params.batch, params.num_heads, params.num_queries};
   check_tensor(support_size, "support_size", rows_shape, query);
@@ -186,12 +124,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   if (wanted[1]) params.grad_key = rows(grad_key);
   if (wanted[2]) params.grad_value = rows(grad_value);
   cpu::attention_backward(params, torch_threads());
-  const auto unpadded = [](const Tensor& gradient, const Tensor& like) {
-    if (gradient.dim() != 4 || gradient.size(3) == like.size(3)) return gradient;
-    return gradient.narrow(3, 0, like.size(3)).contiguous();
+  const auto unpadded = [](const Tensor& gradient, const Tensor& like, bool is_wanted) {
+    return is_wanted ? unpadded_rows(gradient, like.size(3)) : gradient;
   };
-  return {unpadded(grad_query, query), unpadded(grad_key, key), unpadded(grad_value, value),
-          wanted[3] ? grad_mask.to(query.scalar_type()) : grad_mask, grad_alpha};
+  return {unpadded(grad_query, query, wanted[0]), unpadded(grad_key, key, wanted[1]),
+          unpadded(grad_value, value, wanted[2]), wanted[3] ? grad_mask.to(query.scalar_type()) : grad_mask,
+          grad_alpha};
 }
 
 // ---- dispatcher entry points
@@ -211,13 +149,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
     const OptionalTensor& attn_mask, const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads,
-    const Tensor& support_size, const Tensor& support, double alpha, double scale, bool is_causal,
+    const Tensor& tau, const Tensor& support_size, const Tensor& support, double alpha, double scale, bool is_causal,
     std::array<bool, 5> wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("adasplash2::attention_backward", "")
                              .typed<decltype(attention_backward)>();
-  return op.call(grad_out, query, key, value, attn_mask, key_lengths, alpha_heads, support_size, support, alpha, scale,
-                 is_causal, wanted);
+  return op.call(grad_out, query, key, value, attn_mask, key_lengths, alpha_heads, tau, support_size, support, alpha,
+                 scale, is_causal, wanted);
 }
 
 using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -231,8 +169,8 @@ AttentionResult attention(const Tensor& query, const Tensor& key, const Tensor& 
   return {out, tau, support_size, block_mask};
 }
 
-// Saved: the inputs, the support size of every row and the support itself (gap and column of each key with prob > 0,
-// for row blocks where that is not too much: support_layout.h). Not saved: out, any score, any probability.
+// Saved: the inputs, tau and the support size of every row, and what the kernels of the device keep of the support
+// (cpu/support_layout.h, cuda/support_layout.h). Not saved: out, any score, any probability.
 struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& query,
                                                 const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
@@ -243,7 +181,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
         attention_forward(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal,
                           want_block_mask, /*want_support=*/true);
     ctx->save_for_backward({query, key, value, attn_mask.value_or(Tensor()), key_lengths.value_or(Tensor()),
-                            alpha_heads.value_or(Tensor()), support_size, support});
+                            alpha_heads.value_or(Tensor()), tau, support_size, support});
     ctx->saved_data["alpha"] = alpha;
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["is_causal"] = is_causal;
@@ -264,7 +202,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
                                      saved[5].defined() && ctx->needs_input_grad(alpha_input)};
     const auto [grad_query, grad_key, grad_value, grad_mask, grad_alpha] =
         attention_backward(grads[0], saved[0], saved[1], saved[2], optional(3), optional(4), optional(5), saved[6],
-                           saved[7], ctx->saved_data["alpha"].toDouble(), ctx->saved_data["scale"].toDouble(),
+                           saved[7], saved[8], ctx->saved_data["alpha"].toDouble(), ctx->saved_data["scale"].toDouble(),
                            ctx->saved_data["is_causal"].toBool(), wanted);
     const auto if_wanted = [&](int index, const Tensor& gradient) { return wanted[index] ? gradient : Tensor(); };
     return {if_wanted(0, grad_query),
@@ -294,6 +232,8 @@ AttentionResult attention_autograd(const Tensor& query, const Tensor& key, const
     at::AutoDispatchBelowADInplaceOrView guard;
     return attention(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask);
   }
+  TORCH_CHECK_NOT_IMPLEMENTED(!query.is_cuda() || !needs_grad(alpha_heads),
+                              "adasplash2.entmax_attention: the gradient of alpha is not built for CUDA");
   const auto results = AttentionFunction::apply(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale,
                                                 is_causal, want_block_mask);
   return {results[0], results[1], results[2], results[3]};
@@ -313,6 +253,19 @@ AttentionResult attention_autocast(const Tensor& query, const Tensor& key, const
                  key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask);
 }
 
+// setup.py says why a build has no CUDA kernels; binding_cuda.cpp holds their entry points otherwise.
+#ifdef ADASPLASH2_CUDA_MISSING
+constexpr bool kHasCuda = false;
+constexpr const char* kCudaMissing = ADASPLASH2_CUDA_MISSING;
+
+void say_cuda_is_missing(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "adasplash2: CUDA tensors need the CUDA kernels; ", kCudaMissing);
+}
+#else
+constexpr bool kHasCuda = true;
+constexpr const char* kCudaMissing = "";
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY(adasplash2, m) {
@@ -327,15 +280,23 @@ TORCH_LIBRARY(adasplash2, m) {
       "(Tensor out, Tensor tau, Tensor support_size, Tensor block_mask, Tensor support)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
-      "Tensor? key_lengths, Tensor? alpha_heads, Tensor support_size, Tensor support, float alpha, float scale, "
-      "bool is_causal, bool[5] wanted) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask, "
-      "Tensor grad_alpha)");
+      "Tensor? key_lengths, Tensor? alpha_heads, Tensor tau, Tensor support_size, Tensor support, float alpha, "
+      "float scale, bool is_causal, bool[5] wanted) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
+      "Tensor grad_mask, Tensor grad_alpha)");
 }
 
 TORCH_LIBRARY_IMPL(adasplash2, CPU, m) {
   m.impl("attention", attention);
   m.impl("attention_forward", attention_forward_cpu);
   m.impl("attention_backward", attention_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(adasplash2, CUDA, m) {
+  m.impl("attention", attention);
+#ifdef ADASPLASH2_CUDA_MISSING
+  m.impl("attention_forward", torch::CppFunction::makeFromBoxedFunction<&say_cuda_is_missing>());
+  m.impl("attention_backward", torch::CppFunction::makeFromBoxedFunction<&say_cuda_is_missing>());
+#endif
 }
 
 TORCH_LIBRARY_IMPL(adasplash2, Autograd, m) {
@@ -355,9 +316,10 @@ TORCH_LIBRARY_IMPL(adasplash2, AutocastCUDA, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of adasplash2; importing it registers torch.ops.adasplash2.";
   m.attr("version") = ADASPLASH2_VERSION;
-  m.attr("has_cuda") = false;
-  m.attr("cuda_missing") = "this build has only the CPU kernels";
+  m.attr("has_cuda") = kHasCuda;
+  m.attr("cuda_missing") = kCudaMissing;
   m.attr("support_layout") = py::make_tuple(cpu::kRowBlock, cpu::kSavedPerRow, cpu::SupportLayout::kHeaderBytes);
+  m.attr("cuda_support_layout") = py::make_tuple(kMaskRows, kMaskKeys, cuda::kHeadDimMultiple);
   m.def("isa_levels", &cpu::isa_levels, "Instruction sets this machine can run, slowest first.");
   m.def("isa", &cpu::isa, "The instruction set in use.");
   m.def("set_isa", &cpu::set_isa, "Choose the instruction set (tests and measurements).");

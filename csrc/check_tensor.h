@@ -43,6 +43,11 @@ inline at::Tensor padded_rows(const at::Tensor& tensor, int64_t multiple) {
   return tensor.stride(3) == 1 || tensor.size(3) <= 1 ? tensor : tensor.contiguous();
 }
 
+// What a kernel wrote to padded rows, without the padding.
+inline at::Tensor unpadded_rows(const at::Tensor& tensor, int64_t dim) {
+  return tensor.size(3) == dim ? tensor : tensor.narrow(3, 0, dim).contiguous();
+}
+
 inline Rows rows(const at::Tensor& tensor) {
   return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }

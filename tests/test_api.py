@@ -65,13 +65,13 @@ def test_opcheck_of_the_kernels(name, want_support):
     torch.library.opcheck(torch.ops.adasplash2.attention_forward.default, forward)
     if not want_support:
         return
-    out, _, support_size, _, support = torch.ops.adasplash2.attention_forward(*forward)
+    out, tau, support_size, _, support = torch.ops.adasplash2.attention_forward(*forward)
     tensors = [arguments[k] for k in ("query", "key", "value", "attn_mask", "key_lengths", "alpha_heads")]
     numbers = [arguments[k] for k in ("alpha", "scale", "is_causal")]
     wanted = [True, True, True, name == "float_mask", name == "alpha_heads"]
     torch.library.opcheck(
         torch.ops.adasplash2.attention_backward.default,
-        (torch.randn_like(out), *tensors, support_size, support, *numbers, wanted),
+        (torch.randn_like(out), *tensors, tau, support_size, support, *numbers, wanted),
     )
 
 

@@ -1,0 +1,353 @@
+"""CUDA tensors through the public function: routing, memory layouts, torch.compile, graphs, and what is not built.
+
+The kernels themselves are tested by test_cuda_attention.py and test_cuda_scan.py; here their way through torch.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import cases
+import pytest
+import torch
+from cases import Shape
+from tolerance import check
+
+import adasplash2
+from adasplash2 import _C, reference
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+on_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and _C.has_cuda),
+    reason="torch finds no GPU here" if _C.has_cuda else f"no CUDA kernels: {_C.cuda_missing}",
+)
+
+
+def attention(query, key, value, **options):
+    """entmax_attention on the GPU for tensors of the CPU, so that oracle and tolerance stay where they are."""
+    options = {name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in options.items()}
+    result = adasplash2.entmax_attention(query.cuda(), key.cuda(), value.cuda(), **options)
+    if not options.get("return_aux"):
+        return result.cpu()
+    out, aux = result
+    return out.cpu(), adasplash2.AttentionAux(*(t.cpu() for t in aux))
+
+
+def gpu_inputs(shape: Shape, dtype: torch.dtype = BF16, name: str = "gaussian") -> list[torch.Tensor]:
+    """query, key and value that require grad, and the gradient of out."""
+    query, key, value, grad_out = (t.cuda() for t in cases.inputs(name, shape, dtype))
+    return [*(t.requires_grad_() for t in (query, key, value)), grad_out]
+
+
+def forward_and_grads(function, query, key, value, grad_out):
+    out = function(query, key, value)
+    return [out, *torch.autograd.grad(out, (query, key, value), grad_out)]
+
+
+# ---------------------------------------------------------------------------------------------- with or without a GPU
+
+
+def test_a_build_says_what_it_has():
+    """In a process of its own: the extension with the CUDA kernels must load where no driver is."""
+    report = subprocess.run([sys.executable, "-m", "adasplash2"], capture_output=True, text=True, check=True).stdout
+    assert _C.has_cuda == (_C.cuda_missing == "")
+    cuda_line = next(line for line in report.splitlines() if line.startswith("cuda"))
+    if not _C.has_cuda:
+        assert _C.cuda_missing in cuda_line
+    elif torch.cuda.is_available():
+        assert torch.cuda.get_device_name() in cuda_line
+    else:
+        assert "finds no GPU" in cuda_line
+
+
+def test_cuda_kernels_are_registered_in_every_build():
+    for name in ("attention", "attention_forward", "attention_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"adasplash2::{name}", "CUDA")
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_queries, num_keys", [(1, 130), (200, 200), (65, 257), (257, 65), (1025, 1025)])
+def test_lengths(num_queries, num_keys, is_causal, dtype):
+    tensors = cases.inputs("gaussian", Shape(2, 2, num_queries, num_keys), dtype)
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3], is_causal=is_causal)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["sparse", "dense", "block_structured", "mixed_rows", "outlier_channel"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_named_inputs(name, head_dim):
+    tensors = cases.inputs(name, Shape(1, 2, 515, 700, head_dim), BF16)
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3])
+
+
+@on_gpu
+@pytest.mark.parametrize("head_dim, value_head_dim", [(1, 59), (8, 8), (40, 97), (59, 64), (96, 128), (256, 200)])
+def test_head_dims(head_dim, value_head_dim):
+    """Those that are no multiple of 8 are padded by the binding, the others by the kernels."""
+    tensors = cases.inputs("gaussian", Shape(1, 2, 130, 200, head_dim, value_head_dim=value_head_dim), BF16)
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3])
+
+
+@on_gpu
+@pytest.mark.parametrize("alpha", [2.0, 1.25, torch.tensor([1.2, 1.5, 2.0, 1.7])])
+def test_alphas(alpha):
+    tensors = cases.inputs("gaussian", Shape(2, 4, 130, 200), BF16)
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3], alpha=alpha)
+
+
+@on_gpu
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads(kv_heads):
+    tensors = cases.inputs("gaussian", Shape(2, 8, 130, 200, kv_heads=kv_heads), BF16)
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3], enable_gqa=True, is_causal=True)
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", ["slice", "transposed", "strided"])
+def test_layouts_that_the_kernels_cannot_read(layout):
+    """Views that start anywhere and have gaps, or a strided last dimension: copied, not refused, and not misread."""
+    tensors = cases.inputs("gaussian", Shape(2, 2, 70, 90), BF16)
+    plain = [t.cuda().requires_grad_() for t in tensors[:3]]
+    views = [cases.poisoned(t.cuda(), layout).requires_grad_() for t in tensors[:3]]
+    grad_out = tensors[3].cuda()
+    expected = forward_and_grads(adasplash2.entmax_attention, *plain, grad_out)
+    for ours, same in zip(
+        forward_and_grads(adasplash2.entmax_attention, *views, cases.poisoned(grad_out, layout)), expected, strict=True
+    ):
+        assert torch.equal(ours, same)
+
+
+@on_gpu
+def test_expanded_tensors():
+    """One head of keys for all, and a gradient of out that is one number."""
+    query, key, value, _ = gpu_inputs(Shape(2, 4, 70, 90, kv_heads=1))
+    key, value = key.expand(-1, 4, -1, -1), value.expand(-1, 4, -1, -1)
+    out = adasplash2.entmax_attention(query, key, value)
+    assert torch.equal(out, adasplash2.entmax_attention(query, key.contiguous(), value.contiguous()))
+    ours = torch.autograd.grad(out.sum(), query, retain_graph=True)[0]
+    assert torch.equal(ours, torch.autograd.grad(out, query, torch.ones_like(out))[0])
+
+
+@on_gpu
+@pytest.mark.parametrize("num_queries, num_keys", [(0, 70), (70, 0)])
+def test_empty(num_queries, num_keys):
+    query, key, value, grad_out = gpu_inputs(Shape(1, 2, num_queries, num_keys))
+    out, *grads = forward_and_grads(adasplash2.entmax_attention, query, key, value, grad_out)
+    assert out.shape == (1, 2, num_queries, 64)
+    assert not out.any() and not any(grad.any() for grad in grads)
+
+
+# ---------------------------------------------------------------------------------------------- what aux tells
+
+
+@on_gpu
+@pytest.mark.parametrize("lengths", [None, torch.tensor([0, 1, 64, 200, 300])])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_queries", [300, 130])
+def test_aux(num_queries, is_causal, lengths):
+    query, key, value, _ = cases.inputs("block_structured", Shape(5, 2, num_queries, 300), BF16)
+    _, ours = attention(query, key, value, is_causal=is_causal, key_lengths=lengths, return_aux=True)
+    _, aux = reference.entmax_attention(
+        query.double(), key.double(), value.double(), is_causal=is_causal, key_lengths=lengths, return_aux=True
+    )
+    torch.testing.assert_close(ours.live_tile_fraction, aux.live_tile_fraction.float(), rtol=0.05, atol=0.02)
+    assert torch.equal(ours.tau.isinf(), aux.tau.isinf())
+    assert (ours.support_size - aux.support_size).abs().max() <= 2
+
+
+@on_gpu
+@pytest.mark.parametrize("lengths", [None, torch.tensor([0, 1, 64, 200, 300])])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("num_queries", [300, 130, 1000])
+def test_unmasked_tiles(num_queries, is_causal, lengths):
+    """Bit 0 of the block mask, against the mask itself reduced over tiles."""
+    batch, num_keys = 5, 300
+    query, key, value, _ = (t.cuda() for t in cases.inputs("gaussian", Shape(batch, 1, num_queries, num_keys), BF16))
+    *_, block_mask = torch.ops.adasplash2.attention(
+        query, key, value, None, None if lengths is None else lengths.cuda(), None, 1.5, 0.125, is_causal, True
+    )
+    seen = torch.ones(batch, 1, num_queries, num_keys, dtype=torch.bool)
+    if is_causal:
+        seen = seen.tril(num_keys - num_queries)
+    if lengths is not None:
+        seen = seen & (torch.arange(num_keys) < lengths[:, None, None, None])
+        if num_queries == num_keys:
+            seen = seen & (torch.arange(num_queries)[:, None] < lengths[:, None, None, None])
+    padded = torch.nn.functional.pad(seen, (0, -num_keys % 64, 0, -num_queries % 64))
+    expected = padded.unflatten(3, (-1, 64)).unflatten(2, (-1, 64)).any(5).any(3)
+    assert torch.equal((block_mask.cpu() & 1).bool(), expected)
+    assert not (block_mask.cpu() >> 1).bool()[~expected].any(), "a live tile without an unmasked pair"
+
+
+# ---------------------------------------------------------------------------------------------- torch's machinery
+
+
+@on_gpu
+@pytest.mark.parametrize("want_support", [False, True])
+@pytest.mark.parametrize("value_head_dim", [64, 59])
+def test_opcheck(want_support, value_head_dim):
+    query, key, value, grad_out = (t.detach() for t in gpu_inputs(Shape(2, 2, 65, 97, value_head_dim=value_head_dim)))
+    inputs = (query, key, value, None, None, None)
+    numbers = (1.5, 0.125, True)
+    forward = (*inputs, *numbers, True, want_support)
+    torch.library.opcheck(torch.ops.adasplash2.attention_forward.default, forward)
+    if want_support:
+        _, tau, support_size, _, support = torch.ops.adasplash2.attention_forward(*forward)
+        backward = (grad_out, *inputs, tau, support_size, support, *numbers, [True, True, True, False, False])
+        torch.library.opcheck(torch.ops.adasplash2.attention_backward.default, backward)
+
+
+@on_gpu
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend, dynamic):
+    torch._dynamo.reset()
+
+    def function(query, key, value):
+        return adasplash2.entmax_attention(query, key, value, is_causal=True)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+    for length in (130, 200):
+        tensors = gpu_inputs(Shape(1, 2, length, length))
+        for ours, eager in zip(
+            forward_and_grads(compiled, *tensors), forward_and_grads(function, *tensors), strict=True
+        ):
+            assert torch.equal(ours, eager)
+
+
+@on_gpu
+def test_graph_capture():
+    """Forward and backward replayed on new numbers in the old places: nothing is allocated, decided or waited for."""
+    shape = Shape(1, 2, 300, 300)
+    *static, static_grad = gpu_inputs(shape)
+
+    def step():
+        return forward_and_grads(adasplash2.entmax_attention, *static, static_grad)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for name in ("sparse", "dense"):
+        *fresh, fresh_grad = gpu_inputs(shape, name=name)
+        with torch.no_grad():
+            for old, new in zip((*static, static_grad), (*fresh, fresh_grad), strict=True):
+                old.copy_(new)
+        graph.replay()
+        for ours, eager in zip(
+            captured, forward_and_grads(adasplash2.entmax_attention, *fresh, fresh_grad), strict=True
+        ):
+            assert torch.equal(ours, eager)
+
+
+@on_gpu
+def test_no_synchronisation():
+    tensors = gpu_inputs(Shape(1, 2, 300, 300))
+    lengths = torch.tensor([200], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward_and_grads(lambda *t: adasplash2.entmax_attention(*t, key_lengths=lengths, return_aux=True)[0], *tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_current_stream():
+    """Queued behind work on a stream that is not the default one: the inputs are written there, late."""
+    tensors = gpu_inputs(Shape(1, 2, 300, 300))
+    expected = forward_and_grads(adasplash2.entmax_attention, *tensors)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # cycles
+        late = [(t.detach() * 1.0).requires_grad_(t.requires_grad) for t in tensors]
+        results = forward_and_grads(adasplash2.entmax_attention, *late)
+    stream.synchronize()
+    for ours, same in zip(results, expected, strict=True):
+        assert torch.equal(ours, same)
+
+
+@on_gpu
+def test_same_bits_every_time():
+    tensors = gpu_inputs(Shape(2, 4, 1025, 1025))
+    first = forward_and_grads(adasplash2.entmax_attention, *tensors)
+    for _ in range(10):
+        for ours, same in zip(forward_and_grads(adasplash2.entmax_attention, *tensors), first, strict=True):
+            assert torch.equal(ours, same)
+
+
+@on_gpu
+def test_autocast():
+    query, key, value, grad_out = gpu_inputs(Shape(1, 2, 70, 90), torch.float32)
+    with torch.autocast("cuda", BF16):
+        out = adasplash2.entmax_attention(query, key, value)
+    assert out.dtype == BF16
+    assert torch.equal(out, adasplash2.entmax_attention(query.bfloat16(), key.bfloat16(), value.bfloat16()))
+    assert torch.autograd.grad(out, query, grad_out.bfloat16())[0].dtype == torch.float32
+
+
+@on_gpu
+def test_wanted_gradients_only():
+    query, key, value, grad_out = gpu_inputs(Shape(1, 2, 70, 90))
+    _, *expected = forward_and_grads(adasplash2.entmax_attention, query, key, value, grad_out)
+    for index in range(3):
+        leaves = [t.detach() for t in (query, key, value)]
+        leaves[index].requires_grad_()
+        adasplash2.entmax_attention(*leaves).backward(grad_out)
+        assert torch.equal(leaves[index].grad, expected[index])
+
+
+# ---------------------------------------------------------------------------------------------- what is not built
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    "option, change",
+    [
+        ("attn_mask", {"attn_mask": torch.ones(70, 90, dtype=torch.bool)}),
+        ("scale", {"scale": -1.0}),
+        ("gradient of alpha", {"alpha": torch.tensor(1.5, requires_grad=True)}),
+    ],
+)
+def test_options_that_are_not_built(option, change):
+    inputs = gpu_inputs(Shape(1, 2, 70, 90))[:3]
+    options = {
+        n: t.detach().cuda().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for n, t in change.items()
+    }
+    with pytest.raises(NotImplementedError, match=option):
+        adasplash2.entmax_attention(*inputs, **options)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtypes_that_are_not_built(dtype):
+    query, key, value, _ = gpu_inputs(Shape(1, 2, 70, 90), dtype)
+    with pytest.raises(NotImplementedError, match="bfloat16 and float16"):
+        adasplash2.entmax_attention(query, key, value)
+
+
+@on_gpu
+def test_wide_heads_are_not_built():
+    query, key, value, _ = gpu_inputs(Shape(1, 1, 10, 10, 264))
+    with pytest.raises(NotImplementedError, match="256"):
+        adasplash2.entmax_attention(query, key, value)
+
+
+@on_gpu
+def test_softmax_is_torchs():
+    query, key, value, _ = gpu_inputs(Shape(1, 2, 70, 90))
+    ours = adasplash2.entmax_attention(query, key, value, alpha=1.0)
+    assert torch.equal(ours, torch.nn.functional.scaled_dot_product_attention(query, key, value))
+    assert math.isfinite(ours.float().sum().item())
