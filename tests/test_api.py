@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -20,7 +21,8 @@ SHAPE = cases.Shape(batch=2, heads=4, kv_heads=2, num_queries=65, num_keys=97, h
 
 def sample(name: str) -> dict[str, object]:
     """Arguments of torch.ops.adasplash2.attention by name."""
-    query, key, value, _ = (t.requires_grad_() for t in cases.inputs("gaussian", SHAPE))
+    shape = dataclasses.replace(SHAPE, num_keys=600) if name == "long" else SHAPE
+    query, key, value, _ = (t.requires_grad_() for t in cases.inputs("sparse", shape))
     plain = {
         "query": query,
         "key": key,
@@ -37,6 +39,7 @@ def sample(name: str) -> dict[str, object]:
         plain
         | {
             "plain": {},
+            "long": {},
             "causal": {"is_causal": True, "want_block_mask": True},
             "bool_mask": {"attn_mask": torch.rand(2, 1, 65, 97) < 0.5, "alpha": 2.0},
             "float_mask": {"attn_mask": torch.randn(1, 4, 1, 97, requires_grad=True)},
@@ -49,7 +52,18 @@ def sample(name: str) -> dict[str, object]:
     )
 
 
-SAMPLES = ["plain", "causal", "bool_mask", "float_mask", "alpha_heads", "key_lengths", "bfloat16", "no_grad", "empty"]
+SAMPLES = [
+    "plain",
+    "long",
+    "causal",
+    "bool_mask",
+    "float_mask",
+    "alpha_heads",
+    "key_lengths",
+    "bfloat16",
+    "no_grad",
+    "empty",
+]
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -231,7 +245,7 @@ def test_signature_extends_sdpa():
 
 @pytest.mark.parametrize("alpha", [1, 1.0])
 @pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.randn(65, 65)}], ids=str
+    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.randn(65, 65)}], ids=lambda options: "-".join(options) or "plain"
 )
 def test_alpha_one_is_sdpa(alpha, options):
     query, key, value, _ = cases.inputs("gaussian", cases.Shape(num_queries=65, num_keys=65))
