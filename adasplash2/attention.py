@@ -110,8 +110,8 @@ def entmax_attention(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or alpha are not as described.
-        NotImplementedError: ``dropout_p > 0``, or a functional transform (``torch.func``). On CUDA also ``attn_mask``, the
-            gradient of alpha, a scale that is not positive, head dims above 256.
+        NotImplementedError: ``dropout_p > 0``, or a functional transform (``torch.func``). On CUDA also
+            ``attn_mask``, the gradient of alpha, a scale that is not positive, head dims above 256.
 
     Source: entmax, its gradient and its bounds: Peters et al. 2019; alpha per head: Correia et al. 2019; one-scan
     attention: AdaSplash-2, arXiv 2604.15180.
@@ -194,7 +194,8 @@ def _check_inputs(
             )
         if num_heads != num_kv_heads and not enable_gqa:
             raise ValueError(
-                f"{name}: query has {num_heads} heads and key {num_kv_heads}; expected the same number, or enable_gqa=True"
+                f"{name}: query has {num_heads} heads and key {num_kv_heads}; "
+                "expected the same number, or enable_gqa=True"
             )
         if num_heads != num_kv_heads and (num_kv_heads == 0 or num_heads % num_kv_heads != 0):
             raise ValueError(
@@ -280,7 +281,8 @@ def _alpha_per_head(alpha: Tensor, batch_shape: tuple[int, ...], num_heads: int,
         expanded = alpha.to(torch.float64).expand(full)
     except RuntimeError as error:
         raise ValueError(
-            f"adasplash2.entmax_attention: alpha must broadcast to (batch, heads) = {full}, got shape {tuple(alpha.shape)}"
+            f"adasplash2.entmax_attention: alpha must broadcast to (batch, heads) = {full}, "
+            f"got shape {tuple(alpha.shape)}"
         ) from error
     return expanded if len(batch_shape) == 1 else expanded.reshape(math.prod(batch_shape), num_heads)
 

@@ -65,12 +65,12 @@ def _softmax(x: Tensor, dim: int) -> Tensor:
     return torch.softmax(x.masked_fill(is_empty, 0.0), dim).masked_fill(is_empty, 0.0)
 
 
-@torch.library.register_fake("adasplash2::entmax_forward")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("adasplash2::entmax_forward")
 def _entmax_forward_fake(x: Tensor, alpha: float, alpha_slices: Tensor | None, dim: int) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("adasplash2::entmax_backward")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("adasplash2::entmax_backward")
 def _entmax_backward_fake(
     grad_prob: Tensor, prob: Tensor, alpha: float, alpha_slices: Tensor | None, dim: int, wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, method: Met
     alpha_last = alpha
     if isinstance(alpha, Tensor):
         alpha_last = alpha.expand([1 if d == dim % x.ndim else size for d, size in enumerate(x.shape)]).movedim(dim, -1)
-    prob: Tensor = _Entmax.apply(x.movedim(dim, -1), alpha_last, method)  # type: ignore[no-untyped-call]
+    prob: Tensor = _Entmax.apply(x.movedim(dim, -1), alpha_last, method)
     return prob.movedim(-1, dim)
 
 
@@ -105,7 +105,7 @@ def entmax_attention(
     if enable_gqa:
         group_size = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(group_size, dim=-3) for t in (key, value))
-    batch_shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+    batch_shape = torch.broadcast_shapes(
         query.shape[:-3], key.shape[:-3], value.shape[:-3]
     )
     query, key, value = (t.expand(*batch_shape, *t.shape[-3:]) for t in (query, key, value))
@@ -128,7 +128,7 @@ def entmax_attention(
     if isinstance(alpha, Tensor):
         alpha = alpha.expand(query.shape[:-2])[..., None, None]  # (..., H, 1, 1)
     out: Tensor
-    out, tau, prob = _EntmaxAttention.apply(  # type: ignore[no-untyped-call]
+    out, tau, prob = _EntmaxAttention.apply(
         query, key, value, bias, visible, alpha, scale, method
     )
     if not return_aux:

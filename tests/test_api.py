@@ -245,7 +245,9 @@ def test_signature_extends_sdpa():
 
 @pytest.mark.parametrize("alpha", [1, 1.0])
 @pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.randn(65, 65)}], ids=lambda options: "-".join(options) or "plain"
+    "options",
+    [{}, {"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.randn(65, 65)}],
+    ids=lambda options: "-".join(options) or "plain",
 )
 def test_alpha_one_is_sdpa(alpha, options):
     query, key, value, _ = cases.inputs("gaussian", cases.Shape(num_queries=65, num_keys=65))
