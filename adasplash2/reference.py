@@ -105,9 +105,7 @@ def entmax_attention(
     if enable_gqa:
         group_size = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(group_size, dim=-3) for t in (key, value))
-    batch_shape = torch.broadcast_shapes(
-        query.shape[:-3], key.shape[:-3], value.shape[:-3]
-    )
+    batch_shape = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     query, key, value = (t.expand(*batch_shape, *t.shape[-3:]) for t in (query, key, value))
     if key_lengths is not None:
         key_lengths = key_lengths.reshape(batch_shape)
@@ -128,9 +126,7 @@ def entmax_attention(
     if isinstance(alpha, Tensor):
         alpha = alpha.expand(query.shape[:-2])[..., None, None]  # (..., H, 1, 1)
     out: Tensor
-    out, tau, prob = _EntmaxAttention.apply(
-        query, key, value, bias, visible, alpha, scale, method
-    )
+    out, tau, prob = _EntmaxAttention.apply(query, key, value, bias, visible, alpha, scale, method)
     if not return_aux:
         return out
     support = prob > 0
