@@ -117,7 +117,7 @@ void mark_unmasked(const HeadView<Element>& view, const RowBlock& block, const B
 // ---- lists or strips
 // --------------------------------------------------------------------------------------------------
 
-constexpr int64_t kStripPanels = 4;     // so few keys are always done in strips
+constexpr int64_t kStripKeys = 256;     // problems of so few keys are always done in strips
 constexpr float kStripDensity = 0.12f;  // strips are faster where rows keep more than this part of their keys
 constexpr int64_t kFirstEstimate = 4;   // panels scanned before the first estimate of that part; then 8, 16, ...
 constexpr int64_t kEstimatedRows = 8;   // every so many rows are asked
@@ -152,7 +152,7 @@ class ForwardWorker {
     const RowBlock block(view, block_index);
     const Power<Real, kExponent> power(view.alpha);
     begin_block(view, block, block_index);
-    if (block.num_panels > kStripPanels && scan(view, block, power)) {
+    if (params_.num_keys > kStripKeys && scan(view, block, power)) {
       for (int64_t row = 0; row < block.num_rows; ++row) prune(*lists_, row, power, view.units.unit);
       if (!is_exact_) score_candidates(view, block);
       for (int64_t row = 0; row < block.num_rows; ++row) solve_row(view, block, row, power);

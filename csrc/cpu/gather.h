@@ -168,8 +168,11 @@ ADASPLASH2_INLINE void for_key_ranges(const ColumnList* lists, int64_t num_rows,
       }
       const ColumnList& list = lists[row];
       const int64_t begin = done[row];
-      if (range == 0) done[row] = list.size;
-      while (done[row] < list.size && list.column[done[row]] >= first_key) ++done[row];
+      // Panels are in order, so the columns of the ranges that are left lie together.
+      const auto is_ahead = [=](int32_t column) { return column >= first_key; };
+      done[row] = range == 0
+                      ? list.size
+                      : std::partition_point(list.column + begin, list.column + list.size, is_ahead) - list.column;
       if (done[row] > begin) function(row, begin, done[row] - begin);
     }
   }
