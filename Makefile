@@ -1,4 +1,4 @@
-# make demo: the main job.   make test: everything that CI checks but the sanitizers.
+# make demo: the main job.   make test: builds and passes every test.   make lint: what CI checks beside that.
 # Both make a virtual environment in .venv where VENV names none, install torch where it has none, and build.
 
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test build lint ctest sanitize clean
+.PHONY: demo test build lint ctest clean
 
 demo: build
 	$(BIN)/python -m demo
@@ -35,17 +35,6 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
-
-# AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree so that the ordinary build stays.
-SANITIZED := build/sanitized
-sanitize: $(VENV)/.ready
-	mkdir -p $(SANITIZED)
-	git ls-files | xargs cp --parents -t $(SANITIZED)
-	cd $(SANITIZED) && ADASPLASH2_CUDA=0 ADASPLASH2_SANITIZE=address,undefined \
-	  $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest -p no:cacheprovider \
-	  tests/test_forward.py tests/test_backward.py tests/test_errors.py
 
 clean:
 	rm -rf build adasplash2/*.so

@@ -5,7 +5,7 @@ Environment:
                                even for a CPU build of torch (they can then be linked and imported, not run)
     TORCH_CUDA_ARCH_LIST       GPU architectures, as "8.0+PTX;9.0" (the default: every GPU from Ampere on)
     CUDA_HOME, MAX_JOBS        the toolkit, if it is not where nvcc is; compilers at a time
-    ADASPLASH2_SANITIZE        address,undefined (debugging)
+    ADASPLASH2_SANITIZE        address,undefined (debugging; g++ 12 crashes compiling csrc/cpu/entmax.h with both)
 """
 
 import os
