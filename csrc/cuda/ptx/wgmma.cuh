@@ -46,6 +46,14 @@ static __device__ __forceinline__ void wgmma_wait() {
   PTX_MEMORY("wgmma.wait_group.sync.aligned %0;", (), (PTX_IN_N(kPending)));
 }
 
+// No instruction: keeps the compiler from moving accesses of the accumulators across this point. Before the first wgmma
+// of a batch and after the wait for it; without it ptxas finds accumulators touched in flight and serialises (C7514).
+template <int kSize>
+static __device__ __forceinline__ void wgmma_pin(float (&acc)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) PTX_PIN(acc[i]);
+}
+
 // Register lists. TEXT_n is "%0, ... %n-1", ACC_n the operands acc[0] ... acc[n-1].
 #define WGMMA_TEXT_32                                                                                              \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \

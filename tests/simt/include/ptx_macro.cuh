@@ -9,6 +9,7 @@
     ::simt::call_ptx(ptx_statement PTX_UNPACK outputs PTX_UNPACK inputs); \
   } while (false)
 #define PTX_MEMORY PTX
+#define PTX_PIN(x) static_cast<void>(x)
 #define PTX_UNPACK(...) __VA_OPT__(, ) __VA_ARGS__
 
 #define PTX_OUT_R(x) ::simt::output(x, 'r')

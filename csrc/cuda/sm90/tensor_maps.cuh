@@ -1,0 +1,35 @@
+// Tensor maps of (batch, head, row, dim) tensors, made on the host.
+#pragma once
+
+#include <cstdint>
+#include <tensor_map.cuh>
+
+#include "cuda/sm90/smem_tile.cuh"
+#include "params.h"
+
+namespace adasplash2::cuda::sm90 {
+
+// Boxes of box_rows rows x one panel, with the swizzle of SmemTile. Dimensions: dim, row, head, batch.
+inline TensorMap rows_map(const Rows& rows, DataType dtype, int64_t dim, int64_t num_rows, int64_t num_heads,
+                          int64_t batch, int box_rows) {
+  const int64_t bytes = size_of(dtype);
+  const auto step = [&](int64_t stride, int64_t size) {  // the stride of a dimension of one is any
+    return static_cast<uint64_t>(size > 1 ? stride * bytes : 16);
+  };
+  TensorMapShape shape{};
+  shape.element = dtype == DataType::kBFloat16 ? TensorMapElement::kBFloat16 : TensorMapElement::kFloat16;
+  shape.base = rows.data;
+  shape.rank = 4;
+  const int64_t sizes[] = {dim, num_rows, num_heads, batch};
+  const int64_t strides[] = {1, rows.stride_row, rows.stride_head, rows.stride_batch};
+  const int boxes[] = {kPanelCols, box_rows, 1, 1};
+  for (int i = 0; i < shape.rank; ++i) {
+    shape.size[i] = static_cast<uint64_t>(sizes[i]);
+    shape.stride_bytes[i] = i == 0 ? static_cast<uint64_t>(bytes) : step(strides[i], sizes[i]);
+    shape.box[i] = static_cast<uint32_t>(boxes[i]);
+  }
+  shape.swizzle_bytes = kPanelRowBytes;
+  return make_tensor_map(shape);
+}
+
+}  // namespace adasplash2::cuda::sm90
