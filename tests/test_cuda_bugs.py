@@ -17,6 +17,7 @@ TILE = "csrc/cuda/tile/"
 SCAN, OUTPUT = "csrc/cuda/sm80/scan.cuh", "csrc/cuda/sm80/output.cuh"
 GRAD_QUERY, GRAD_KEY_VALUE = "csrc/cuda/sm80/grad_query.cuh", "csrc/cuda/sm80/grad_key_value.cuh"
 HISTOGRAM, ENTMAX, WORK_RANGE = "csrc/math/histogram.h", "csrc/math/entmax.h", "csrc/math/work_range.h"
+REFINEMENT = "csrc/math/refinement.h"
 
 BUGS = {
     "the scan does not wait for its tile": Patch(SCAN, "ptx::cp_async_wait<Config::kStages - 2>();", ""),
@@ -53,7 +54,7 @@ BUGS = {
         TILE + "fragment.cuh", "if (row >= num_rows) continue;", "if (row >= num_rows + 64) continue;"
     ),
     "the last step is left out": Patch(
-        OUTPUT, "has_support ? entmax.last_step(total) : 0.0f", "0.0f * static_cast<float>(has_support)"
+        REFINEMENT, "fold.step = entmax.last_step(sums);", "fold.step = 0.0f;"
     ),
     "a value tile is read in flight": Patch(
         OUTPUT,

@@ -15,10 +15,10 @@
 #include <dynamic_smem.cuh>
 
 #include "cuda/config.h"
+#include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/shared_address.cuh"
-#include "cuda/sm80/grad_query.cuh"
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/row_reduce.cuh"
 #include "cuda/tile/tile_copy.cuh"

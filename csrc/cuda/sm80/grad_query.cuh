@@ -15,6 +15,7 @@
 #include <type_traits>
 
 #include "cuda/config.h"
+#include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/shared_address.cuh"
@@ -26,17 +27,6 @@
 #include "math/entmax.h"
 
 namespace adasplash2::cuda {
-
-struct GradParams {
-  AttentionProblem problem;
-  const float* tau;            // (B, H, Nq) contiguous
-  const float* delta;          // (B, H, Nq) contiguous
-  const uint32_t* block_mask;  // by rows for dq, by columns for dk and dv
-  Rows grad_out;
-  Rows grad_query;
-  Rows grad_key;
-  Rows grad_value;
-};
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
 __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlocksPerSm)

@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "cuda/config.h"
+#include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/shared_address.cuh"
@@ -30,26 +31,9 @@
 #include "cuda/tile/tile_copy.cuh"
 #include "math/block_mask.h"
 #include "math/entmax.h"
-#include "math/histogram.h"
+#include "math/refinement.h"
 
 namespace adasplash2::cuda {
-
-struct OutputParams {
-  AttentionProblem problem;
-  const float* tau_lower;
-  const uint8_t* is_coarse;
-  const uint32_t* scan_mask;
-  Rows out;
-  Rows gap_mean_v;        // data nullable: not wanted
-  float* tau;             // (B, H, Nq) contiguous
-  int32_t* support_size;  // (B, H, Nq) contiguous, nullable
-  uint32_t* block_mask;
-};
-
-// NOTE: Newton on the norm squares the relative distance to tau: after a step of 1/8 of the mean gap or less what
-// remains is below kMaxRelativeShift. A row that needs more passes than this has stopped gaining from them.
-constexpr float kLargestLastRefinement = 0.125f;
-constexpr int kMaxRefinements = 6;
 
 // The two rows of a lane.
 struct RowPair {
@@ -208,11 +192,7 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
     bool goes_on = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const RowSums row = quad_sum(sums[half]);
-      if (!(row.prob > 1.0f)) continue;
-      const float step = entmax.newton_step(row);
-      rows.tau[half] = round_below(rows.tau[half] + step);
-      goes_on |= step > kLargestLastRefinement * row.prob / row.weight;  // f / A: the mean gap, by weight
+      goes_on |= refine(entmax, quad_sum(sums[half]), rows.tau[half]);
     }
     goes_on = __any_sync(kAllLanes, goes_on);
     if (lane == 0) s_flags[warp] = goes_on;
@@ -283,23 +263,18 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const RowSums total = quad_sum(sums[half]);
-    const bool has_support = total.weight > 0.0f;
-    const bool is_poisoned = std::isnan(rows.tau[half]);
-    const float step = has_support ? entmax.last_step(total) : 0.0f;
-    const float shift = step * entmax.exponent();
-    const float prob_scale = has_support ? 1.0f / (total.prob - shift * total.weight) : is_poisoned ? NAN : 0.0f;
-    const float weight_scale = has_support ? 1.0f / total.weight : is_poisoned ? NAN : 0.0f;
+    const OutputFold fold = output_fold(entmax, total, rows.tau[half]);
 #pragma unroll
     for (int n = 0; n < kFragmentsV; ++n) {
 #pragma unroll
       for (int e = 2 * half; e < 2 * half + 2; ++e) {
-        sum_prob_v[n][e] = (sum_prob_v[n][e] - shift * sum_weight_v[n][e]) * prob_scale;
-        sum_weight_v[n][e] *= weight_scale;
+        sum_prob_v[n][e] = (sum_prob_v[n][e] - fold.shift * sum_weight_v[n][e]) * fold.prob_scale;
+        sum_weight_v[n][e] *= fold.weight_scale;
       }
     }
     const int row = warp_row + accumulator_row(lane, half);
     if (lane % 4 == 0 && value_chunk == 0 && row < num_queries) {
-      params.tau[head_row + row] = rows.tau[half] + step;
+      params.tau[head_row + row] = rows.tau[half] + fold.step;
       if (params.support_size != nullptr) params.support_size[head_row + row] = static_cast<int32_t>(total.count);
     }
   }

@@ -17,6 +17,7 @@
 #include <dynamic_smem.cuh>
 
 #include "cuda/config.h"
+#include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/max.cuh"
@@ -28,14 +29,6 @@
 #include "math/histogram.h"
 
 namespace adasplash2::cuda {
-
-struct ScanParams {
-  AttentionProblem problem;
-  float* tau_lower;
-  uint8_t* is_coarse;
-  uint32_t* block_mask;
-  uint16_t* tile_excess;
-};
 
 // What a warp knows of its rows so far. A lane keeps the rows of its quad, kRowsPerLane of them, in registers; their
 // histograms and the lists of hits that have yet to enter them are in shared memory.

@@ -1,0 +1,48 @@
+// tau from exact row sums: the refinements that come before the output pass's sums, and the last step folded into them
+// (docs/algorithm.md, section 4).
+#pragma once
+
+#include "math/entmax.h"
+#include "math/histogram.h"
+
+namespace adasplash2 {
+
+// NOTE: Newton on the norm squares the relative distance to tau: after a step of 1/8 of the mean gap or less what
+// remains is below kMaxRelativeShift. A row that needs more passes than this has stopped gaining from them.
+constexpr float kLargestLastRefinement = 0.125f;
+constexpr int kMaxRefinements = 6;
+
+// Moves tau, a lower bound at which the sums were taken, up and never past the root. Returns whether another pass is
+// worth its price.
+template <AlphaKind kKind>
+ADASPLASH2_HOST_DEVICE bool refine(const Entmax<kKind>& entmax, const RowSums& sums, float& tau) {
+  if (!(sums.prob > 1.0f)) return false;
+  const float step = entmax.newton_step(sums);
+  tau = round_below(tau + step);
+  return step > kLargestLastRefinement * sums.prob / sums.weight;  // f / A: the mean gap, by weight
+}
+
+// The last step for tau and what becomes of a row's sums of values:
+//   out = (A_p - shift A_w) prob_scale,  gap_mean_v = A_w weight_scale
+struct OutputFold {
+  float step = 0.0f;
+  float shift = 0.0f;
+  float prob_scale = 0.0f;  // rows without keys: zero
+  float weight_scale = 0.0f;
+};
+
+template <AlphaKind kKind>
+ADASPLASH2_HOST_DEVICE OutputFold output_fold(const Entmax<kKind>& entmax, const RowSums& sums, float tau) {
+  OutputFold fold;
+  if (sums.weight > 0.0f) {
+    fold.step = entmax.last_step(sums);
+    fold.shift = fold.step * entmax.exponent();
+    fold.prob_scale = 1.0f / (sums.prob - fold.shift * sums.weight);
+    fold.weight_scale = 1.0f / sums.weight;
+  } else if (tau != tau) {
+    fold.prob_scale = fold.weight_scale = tau;  // NaN: a score of the row was
+  }
+  return fold;
+}
+
+}  // namespace adasplash2
