@@ -32,7 +32,10 @@ SOURCES = [
     "csrc/cpu/isa/avx512.cpp",
 ]
 CUDA_SOURCES = ["csrc/binding_cuda.cpp", "csrc/cuda/launch.cpp"]  # free of CUDA headers: the C++ compiler's
-CUDA_KERNELS = sorted((ROOT / "csrc/cuda/sm80/instances").glob("*.cu"))  # nvcc's
+CUDA_KERNELS = [  # nvcc's
+    ROOT / "csrc/cuda/any_arch/entmax.cu",
+    *sorted((ROOT / "csrc/cuda/sm80/instances").glob("*.cu")),
+]
 CUDA_INCLUDES = [ROOT / "csrc", ROOT / "csrc/cuda/device"]
 
 COMPILE_FLAGS = [

@@ -294,8 +294,9 @@ TORCH_LIBRARY_IMPL(adasplash2, CPU, m) {
 TORCH_LIBRARY_IMPL(adasplash2, CUDA, m) {
   m.impl("attention", attention);
 #ifdef ADASPLASH2_CUDA_MISSING
-  m.impl("attention_forward", torch::CppFunction::makeFromBoxedFunction<&say_cuda_is_missing>());
-  m.impl("attention_backward", torch::CppFunction::makeFromBoxedFunction<&say_cuda_is_missing>());
+  for (const char* name : {"attention_forward", "attention_backward", "entmax_forward", "entmax_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&say_cuda_is_missing>());
+  }
 #endif
 }
 

@@ -14,6 +14,7 @@
 #include "check_tensor.h"
 #include "cuda/launch.h"
 #include "cuda/support_layout.h"
+#include "entmax_tensors.h"
 #include "error.h"
 #include "math/block_mask.h"
 #include "problem_tensors.h"
@@ -178,11 +179,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
           at::empty({0}, query.options().dtype(at::kDouble))};
 }
 
+Tensor entmax_forward_cuda(const Tensor& x, double alpha, const OptionalTensor& alpha_slices, int64_t dim) {
+  const c10::DeviceGuard guard(x.device());
+  return run_entmax_forward(x, alpha, alpha_slices, dim, [&](const EntmaxForward& params, const Tensor&) {
+    translate_errors([&] { cuda::entmax_forward(params, current_stream(x)); });
+  });
+}
+
+std::tuple<Tensor, Tensor> entmax_backward_cuda(const Tensor& grad_prob, const Tensor& prob, double alpha,
+                                                const OptionalTensor& alpha_slices, int64_t dim,
+                                                std::array<bool, 2> wanted) {
+  const c10::DeviceGuard guard(prob.device());
+  return run_entmax_backward(grad_prob, prob, alpha, alpha_slices, dim, wanted, [&](const EntmaxBackward& params) {
+    translate_errors([&] { cuda::entmax_backward(params, current_stream(prob)); });
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(adasplash2, CUDA, m) {
   m.impl("attention_forward", attention_forward_cuda);
   m.impl("attention_backward", attention_backward_cuda);
+  m.impl("entmax_forward", entmax_forward_cuda);
+  m.impl("entmax_backward", entmax_backward_cuda);
 }
 
 }  // namespace adasplash2

@@ -12,10 +12,9 @@
 #include <array>
 #include <optional>
 #include <tuple>
-#include <vector>
 
 #include "adasplash2.h"
-#include "check_tensor.h"
+#include "entmax_tensors.h"
 #include "torch_threads.h"
 
 namespace adasplash2 {
@@ -23,49 +22,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// A tensor that fills its memory without gaps is (outer, length, inner) there whatever the order of its dimensions:
-// inner is the stride of dim. So only tensors with gaps or overlaps are copied (as their empty_like: the layout of
-// prob).
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_non_overlapping_and_dense() ? tensor : at::empty_like(tensor).copy_(tensor);
-}
-
-Tensor laid_out_like(const Tensor& tensor, const Tensor& like) {
-  return tensor.strides() == like.strides()
-             ? tensor
-             : at::empty_strided(like.sizes(), like.strides(), like.options()).copy_(tensor);
-}
-
-void fill_problem(EntmaxProblem& problem, const Tensor& dense_tensor, double alpha, int64_t dim) {
-  problem.dtype = data_type(dense_tensor);
-  const bool is_scalar = dense_tensor.dim() == 0;
-  problem.length = is_scalar ? 1 : dense_tensor.size(dim);
-  problem.inner = problem.length <= 1 ? 1 : dense_tensor.stride(dim);
-  problem.outer = dense_tensor.numel() == 0 ? 0 : dense_tensor.numel() / (problem.length * problem.inner);
-  problem.alpha = alpha;
-}
-
-// alpha by slice, as (outer, inner) of `dense_tensor` in memory.
-Tensor alpha_by_slice(const Tensor& alpha_slices, const Tensor& dense_tensor, int64_t dim) {
-  std::vector<int64_t> sizes = dense_tensor.sizes().vec(), strides = dense_tensor.strides().vec();
-  TORCH_CHECK_VALUE(alpha_slices.device() == dense_tensor.device(), "adasplash2: alpha must be on ",
-                    dense_tensor.device(), ", got ", alpha_slices.device());
-  TORCH_CHECK_TYPE(at::isFloatingType(alpha_slices.scalar_type()), "adasplash2: alpha must be floating point, got ",
-                   alpha_slices.scalar_type());
-  if (!sizes.empty()) {
-    const int64_t stride = strides[dim], length = sizes[dim];
-    for (size_t d = 0; d < sizes.size(); ++d) {
-      if (strides[d] > stride && length > 0) strides[d] /= length;
-    }
-    sizes[dim] = 1;
-  }
-  TORCH_CHECK_VALUE(at::is_expandable_to(alpha_slices.sizes(), sizes), "adasplash2: alpha must broadcast to ",
-                    at::IntArrayRef(sizes), " (x with size 1 at dim), got ", alpha_slices.sizes());
-  const Tensor by_slice = at::empty_strided(sizes, strides, alpha_slices.options().dtype(at::kDouble));
-  by_slice.copy_(alpha_slices);
-  return by_slice;
-}
 
 void check_alpha(const Tensor& by_slice) {
   const double* alpha = by_slice.const_data_ptr<double>();
@@ -76,52 +32,17 @@ void check_alpha(const Tensor& by_slice) {
 }
 
 Tensor entmax_forward_cpu(const Tensor& x, double alpha, const OptionalTensor& alpha_slices, int64_t dim) {
-  dim = at::maybe_wrap_dim(dim, x.dim());
-  const Tensor dense_x = dense(x);
-  const Tensor prob = at::empty_like(dense_x);
-  EntmaxForward params;
-  fill_problem(params, dense_x, alpha, dim);
-  Tensor by_slice;
-  if (alpha_slices) {
-    by_slice = alpha_by_slice(*alpha_slices, dense_x, dim);
-    check_alpha(by_slice);
-    params.alpha_slices = by_slice.const_data_ptr<double>();
-  } else {
-    TORCH_CHECK_VALUE(alpha > 1.0 && alpha <= 2.0, "adasplash2: alpha must be in (1, 2], got ", alpha);
-  }
-  params.x = dense_x.const_data_ptr();
-  params.prob = prob.data_ptr();
-  cpu::entmax_forward(params, torch_threads());
-  return prob;
+  return run_entmax_forward(x, alpha, alpha_slices, dim, [](const EntmaxForward& params, const Tensor& by_slice) {
+    if (by_slice.defined()) check_alpha(by_slice);
+    cpu::entmax_forward(params, torch_threads());
+  });
 }
 
 std::tuple<Tensor, Tensor> entmax_backward_cpu(const Tensor& grad_prob, const Tensor& prob, double alpha,
                                                const OptionalTensor& alpha_slices, int64_t dim,
                                                std::array<bool, 2> wanted) {
-  dim = at::maybe_wrap_dim(dim, prob.dim());
-  check_tensor(grad_prob, "grad_prob", prob.sizes(), prob);
-  check_dtype(grad_prob, "grad_prob", prob.scalar_type());
-  const Tensor dense_prob = dense(prob);
-  const Tensor dense_grad = laid_out_like(grad_prob, dense_prob);
-  EntmaxBackward params;
-  fill_problem(params, dense_prob, alpha, dim);
-  const Tensor grad_x = wanted[0] ? at::empty_like(dense_prob) : at::empty({0}, prob.options());
-  Tensor by_slice, grad_by_slice;
-  if (alpha_slices) {
-    by_slice = alpha_by_slice(*alpha_slices, dense_prob, dim);
-    params.alpha_slices = by_slice.const_data_ptr<double>();
-  }
-  if (wanted[1]) {
-    TORCH_CHECK_VALUE(alpha_slices, "adasplash2: only a tensor alpha has a gradient");
-    grad_by_slice = at::zeros_like(by_slice);  // slices of length 0 are not visited
-    params.grad_alpha = grad_by_slice.data_ptr<double>();
-  }
-  params.prob = dense_prob.const_data_ptr();
-  params.grad_prob = dense_grad.const_data_ptr();
-  params.grad_x = wanted[0] ? grad_x.data_ptr() : nullptr;
-  cpu::entmax_backward(params, torch_threads());
-  if (!wanted[1]) return {grad_x, at::empty({0}, prob.options())};
-  return {grad_x, at::sum_to(grad_by_slice, alpha_slices->sizes()).to(alpha_slices->scalar_type())};
+  return run_entmax_backward(grad_prob, prob, alpha, alpha_slices, dim, wanted,
+                             [](const EntmaxBackward& params) { cpu::entmax_backward(params, torch_threads()); });
 }
 
 // ---- dispatcher entry points

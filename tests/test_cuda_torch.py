@@ -64,7 +64,7 @@ def test_a_build_says_what_it_has():
 
 
 def test_cuda_kernels_are_registered_in_every_build():
-    for name in ("attention", "attention_forward", "attention_backward"):
+    for name in ("attention", "attention_forward", "attention_backward", "entmax_forward", "entmax_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"adasplash2::{name}", "CUDA")
 
 
@@ -307,6 +307,52 @@ def test_wanted_gradients_only():
         leaves[index].requires_grad_()
         adasplash2.entmax_attention(*leaves).backward(grad_out)
         assert torch.equal(leaves[index].grad, expected[index])
+
+
+# ---------------------------------------------------------------------------------------------- entmax
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_entmax_of_every_layout(dtype, dim):
+    """Against the CPU kernels, which test_entmax.py holds to the oracle."""
+    base = torch.randn(5, 130, 33, dtype=torch.float64).to(dtype) * 2
+    for x in (
+        base,
+        base.mT,
+        base.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        base[:, ::2],
+        base[:1].expand(3, -1, -1),
+    ):
+        here, there = (t.detach().requires_grad_() for t in (x, x.cuda()))
+        for alpha in (1.5, 2.0, 1.3):
+            ours, expected = adasplash2.entmax(there, alpha, dim), adasplash2.entmax(here, alpha, dim)
+            assert ours.stride() == torch.empty_like(there).stride()
+            tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 64 * torch.finfo(dtype).eps}
+            torch.testing.assert_close(ours.cpu(), expected, **tolerance)
+
+
+@on_gpu
+def test_entmax_gradients():
+    x, grad_prob = torch.randn(6, 130, 20), torch.randn(6, 130, 20)
+    for alpha in (torch.tensor(1.4), torch.linspace(1.1, 1.9, 6)[:, None, None], torch.full((6, 1, 20), 1.7)):
+        grads = []
+        for device in ("cpu", "cuda"):
+            leaves = [t.detach().to(device).requires_grad_() for t in (x, alpha)]
+            prob = adasplash2.entmax(*leaves, 1)
+            grads.append(torch.autograd.grad(prob, leaves, grad_prob.to(device)))
+        for ours, expected in zip(grads[1], grads[0], strict=True):
+            torch.testing.assert_close(ours.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@on_gpu
+def test_entmax_opcheck():
+    x, alpha = torch.randn(4, 6, 5, device="cuda"), torch.full((4, 1, 5), 1.4, device="cuda")
+    prob = torch.softmax(x, 1)
+    ops = torch.ops.adasplash2
+    torch.library.opcheck(ops.entmax_forward, (x.requires_grad_(), 1.5, None, -1))
+    torch.library.opcheck(ops.entmax_backward, (torch.randn_like(prob), prob, 0.0, alpha, 1, [True, True]))
 
 
 # ---------------------------------------------------------------------------------------------- what is not built

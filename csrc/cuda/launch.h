@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "adasplash2.h"
 #include "params.h"
 
 namespace adasplash2::cuda {
@@ -45,5 +46,9 @@ void require_supported(const AttentionProblem& problem);
 
 void forward(const Forward& call);
 void backward(const Backward& call);
+
+// entmax of a tensor, any float dtype; on the stream `stream` (cudaStream_t).
+void entmax_forward(const EntmaxForward& call, void* stream);
+void entmax_backward(const EntmaxBackward& call, void* stream);
 
 }  // namespace adasplash2::cuda

@@ -17,61 +17,89 @@ constexpr AlphaKind alpha_kind(double alpha) {
   return alpha == 1.5 ? AlphaKind::kOneAndHalf : alpha == 2.0 ? AlphaKind::kTwo : AlphaKind::kGeneral;
 }
 
-// x^y for x >= 0; 0^0 = 1, as the support is decided by the caller.
-ADASPLASH2_HOST_DEVICE float power(float x, float y) {
+// How a device takes x^y for x >= 0 (0^0 = 1, as the support is decided by the caller), and the type it works in.
+struct FastPower {  // 2^-21 of log2 x is lost: enough for results of 16 bits
+  using Real = float;
+  ADASPLASH2_HOST_DEVICE static float of(float x, float y) {
 #ifdef __CUDA_ARCH__
-  return x > 0.0f ? exp2f(y * __log2f(x)) : (y == 0.0f ? 1.0f : 0.0f);
+    return x > 0.0f ? exp2f(y * __log2f(x)) : (y == 0.0f ? 1.0f : 0.0f);
 #else
-  return std::pow(x, y);
+    return std::pow(x, y);
 #endif
-}
-
-// The row sums that the last step needs, all taken at one tau.
-struct RowSums {
-  float prob = 0.0f;    // f = sum gap^b
-  float weight = 0.0f;  // A = sum gap^(b - 1)
-  float count = 0.0f;   // n = number of keys with gap > 0
+  }
 };
 
-template <AlphaKind kKind>
-struct Entmax {
-  float alpha;
+template <typename Number>
+struct PrecisePower {  // right to about 2 + |log2 x^y| roundings
+  using Real = Number;
+  ADASPLASH2_HOST_DEVICE static Real of(Real x, Real y) {
+    return x > Real(0) ? std::exp2(y * std::log2(x)) : Real(y == Real(0) ? 1 : 0);
+  }
+};
 
-  ADASPLASH2_HOST_DEVICE float exponent() const {
-    if constexpr (kKind == AlphaKind::kOneAndHalf) return 2.0f;
-    if constexpr (kKind == AlphaKind::kTwo) return 1.0f;
-    return 1.0f / (alpha - 1.0f);
+// The row sums that the last step needs, all taken at one tau.
+template <typename Real>
+struct RowSumsOf {
+  Real prob = 0;    // f = sum gap^b
+  Real weight = 0;  // A = sum gap^(b - 1)
+  Real count = 0;   // n = number of keys with gap > 0
+};
+using RowSums = RowSumsOf<float>;
+
+template <AlphaKind kKind, typename Power = FastPower>
+struct Entmax {
+  using Real = typename Power::Real;
+  Real alpha;
+
+  ADASPLASH2_HOST_DEVICE Real exponent() const {
+    if constexpr (kKind == AlphaKind::kOneAndHalf) return 2;
+    if constexpr (kKind == AlphaKind::kTwo) return 1;
+    return 1 / (alpha - 1);
   }
 
   // gap^(b - 1); zero outside the support.
-  ADASPLASH2_HOST_DEVICE float weight(float gap) const {
+  ADASPLASH2_HOST_DEVICE Real weight(Real gap) const {
     if constexpr (kKind == AlphaKind::kOneAndHalf) return gap;
-    if constexpr (kKind == AlphaKind::kTwo) return gap > 0.0f ? 1.0f : 0.0f;
-    return gap > 0.0f ? power(gap, exponent() - 1.0f) : 0.0f;
+    if constexpr (kKind == AlphaKind::kTwo) return gap > 0 ? 1 : 0;
+    return gap > 0 ? Power::of(gap, exponent() - 1) : 0;
   }
 
   // gap^b, from the weight, so that a pass that needs both takes one power.
-  ADASPLASH2_HOST_DEVICE float prob(float gap, float weight) const { return gap * weight; }
+  ADASPLASH2_HOST_DEVICE Real prob(Real gap, Real weight) const { return gap * weight; }
+
+  // prob^(2 - alpha), the same weight, from a prob that is not zero; NaN from NaN.
+  ADASPLASH2_HOST_DEVICE Real weight_of_prob(Real prob) const {
+    if constexpr (kKind == AlphaKind::kOneAndHalf) return std::sqrt(prob);
+    if constexpr (kKind == AlphaKind::kTwo) return prob > 0 ? 1 : prob;
+    return prob > 0 ? Power::of(prob, 2 - alpha) : prob;
+  }
 
   // Newton on the norm f^(1/b). From a tau at or left of the root it is at least as far as Newton on f and never past
   // the root (f^(1/b) is convex and decreasing), so it keeps a lower bound a lower bound.
-  ADASPLASH2_HOST_DEVICE float newton_step(const RowSums& sums) const {
-    if constexpr (kKind == AlphaKind::kOneAndHalf) return (sums.prob - sqrtf(sums.prob)) / sums.weight;
-    if constexpr (kKind == AlphaKind::kTwo) return (sums.prob - 1.0f) / sums.weight;
-    return (sums.prob - power(sums.prob, 2.0f - alpha)) / sums.weight;
+  ADASPLASH2_HOST_DEVICE Real newton_step(const RowSumsOf<Real>& sums) const {
+    if constexpr (kKind == AlphaKind::kOneAndHalf) return (sums.prob - std::sqrt(sums.prob)) / sums.weight;
+    if constexpr (kKind == AlphaKind::kTwo) return (sums.prob - 1) / sums.weight;
+    return (sums.prob - Power::of(sums.prob, 2 - alpha)) / sums.weight;
   }
 
   // The last step. Exact for alpha = 1.5 and 2 if no key leaves the support on the way; if some do, tau ends a hair
   // above the root, so this is never a bound. Not negative: the mask taken at the old tau must cover the new support.
-  ADASPLASH2_HOST_DEVICE float last_step(const RowSums& sums) const {
+  ADASPLASH2_HOST_DEVICE Real last_step(const RowSumsOf<Real>& sums) const {
     if constexpr (kKind == AlphaKind::kOneAndHalf) {
       // n d^2 - 2 g d + (f - 1) = 0, the smaller root in the form that does not cancel.
-      const float excess = sums.prob - 1.0f;
-      const float discriminant = fmaxf(sums.weight * sums.weight - sums.count * excess, 0.0f);
-      return fmaxf(excess / (sums.weight + sqrtf(discriminant)), 0.0f);
+      const Real excess = sums.prob - 1;
+      const Real discriminant = std::fmax(sums.weight * sums.weight - sums.count * excess, Real(0));
+      return std::fmax(excess / (sums.weight + std::sqrt(discriminant)), Real(0));
     }
-    return fmaxf(newton_step(sums), 0.0f);
+    return std::fmax(newton_step(sums), Real(0));
   }
 };
+
+// <dP, dprob / dalpha> of a row from its sums, h = -p log p: sum p dP, delta = sum w dP / sum w, sum h dP and sum h.
+template <typename Real>
+ADASPLASH2_HOST_DEVICE Real alpha_gradient(Real prob_grad, Real delta, Real entropy_grad, Real entropy, Real alpha) {
+  const Real b = 1 / (alpha - 1);
+  return b * (b * (prob_grad - delta) + (entropy_grad - delta * entropy));
+}
 
 }  // namespace adasplash2

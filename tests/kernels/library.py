@@ -25,6 +25,7 @@ from adasplash2.reference import AttentionAux
 ROOT = Path(__file__).resolve().parents[2]
 ALL_INSTANCES = ROOT / "tests" / "kernels" / "all_instances.cu"
 ONE_INSTANCE = ROOT / "tests" / "kernels" / "one_instance.cu"
+ENTMAX = ROOT / "tests" / "kernels" / "entmax.cu"
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.bool: 4}
 
@@ -70,6 +71,29 @@ class Backward(ctypes.Structure):
     _fields_ += [("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p)]
 
 
+class EntmaxProblem(ctypes.Structure):
+    _fields_ = [("dtype", ctypes.c_int32)]
+    _fields_ += [(name, ctypes.c_int64) for name in ("outer", "length", "inner")]
+    _fields_ += [("alpha", ctypes.c_double), ("alpha_slices", ctypes.c_void_p)]
+
+
+class EntmaxForward(ctypes.Structure):
+    _fields_ = [("problem", EntmaxProblem), ("x", ctypes.c_void_p), ("prob", ctypes.c_void_p)]
+
+
+class EntmaxBackward(ctypes.Structure):
+    _fields_ = [("problem", EntmaxProblem)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("prob", "grad_prob", "grad_x", "grad_alpha")]
+
+
+_MIRRORS = {
+    "sizeof_forward": Forward,
+    "sizeof_backward": Backward,
+    "sizeof_entmax_forward": EntmaxForward,
+    "sizeof_entmax_backward": EntmaxBackward,
+}
+
+
 class GpuLibrary:
     """The library as nvcc builds it, with the interface of the emulator's."""
 
@@ -97,7 +121,7 @@ def build_for_gpu(arch: str) -> Path:
     flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{arch}", "-Xcompiler", "-fPIC", "-Xptxas", "-warn-spills"]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda/device'}"]
     units = sorted((ROOT / "csrc/cuda/sm80/instances").glob("*.cu"))
-    units += [ROOT / "csrc/cuda/launch.cpp", ROOT / "tests/kernels/gpu.cu"]
+    units += [ROOT / "csrc/cuda/any_arch/entmax.cu", ROOT / "csrc/cuda/launch.cpp", ROOT / "tests/kernels/gpu.cu"]
 
     def compile_unit(unit: Path) -> str:
         made = str(build / f"{unit.stem}.o")
@@ -139,8 +163,10 @@ def _functions(library: emulator.Library | GpuLibrary) -> ctypes.CDLL:
 
 
 def _check_mirrors(library: ctypes.CDLL) -> None:
-    for name, mirror in (("sizeof_forward", Forward), ("sizeof_backward", Backward)):
-        function = getattr(library, name)
+    for name, mirror in _MIRRORS.items():
+        function = getattr(library, name, None)  # a library may have entry points of one operation alone
+        if function is None:
+            continue
         function.restype = ctypes.c_int64
         assert function() == ctypes.sizeof(mirror), f"{name}: the mirror in Python is out of date"
 
@@ -334,3 +360,52 @@ def attention(
         return out
     run = _Attention.latest
     return out, AttentionAux(run.tau.to(out.device), run.support_size.to(out.device), torch.empty(0))
+
+
+class _EntmaxFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor | float, dim: int, call: Callable[..., None]) -> Tensor:
+        x = x.detach().to(device()).contiguous()
+        length = x.shape[dim]
+        inner = x[(0,) * dim].numel() // length
+        problem = EntmaxProblem(_DTYPES[x.dtype], x.numel() // (length * inner), length, inner)
+        by_slice = None
+        if isinstance(alpha, Tensor):
+            slices = [1 if d == dim else size for d, size in enumerate(x.shape)]
+            by_slice = alpha.detach().to(device(), torch.float64).expand(slices).contiguous()
+            problem.alpha_slices = by_slice.data_ptr()
+        else:
+            problem.alpha = alpha
+        prob = _empty_like_poison(x.shape, x.dtype)
+        arguments = EntmaxForward(problem, x.data_ptr(), prob.data_ptr())
+        call("entmax_forward", arguments, {"x": x, "prob": prob, "alpha": by_slice})
+        ctx.problem, ctx.prob, ctx.by_slice, ctx.alpha, ctx.call = problem, prob, by_slice, alpha, call
+        return prob.cpu()
+
+    @staticmethod
+    def backward(ctx: Any, grad_prob: Tensor) -> tuple[Tensor | None, ...]:
+        grad_prob = grad_prob.to(device()).contiguous()
+        grad_x = _empty_like_poison(ctx.prob.shape, ctx.prob.dtype) if ctx.needs_input_grad[0] else None
+        grad_alpha = _empty_like_poison(ctx.by_slice.shape, torch.float64) if ctx.needs_input_grad[1] else None
+        tensors = {"prob": ctx.prob, "grad_prob": grad_prob, "grad_x": grad_x, "grad_alpha": grad_alpha}
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
+        ctx.call("entmax_backward", EntmaxBackward(ctx.problem, *addresses), tensors | {"alpha": ctx.by_slice})
+        return (
+            None if grad_x is None else grad_x.cpu(),
+            None if grad_alpha is None else grad_alpha.cpu().sum_to_size(ctx.alpha.shape).to(ctx.alpha.dtype),
+            None,
+            None,
+        )
+
+
+def entmax(
+    x: Tensor, alpha: Tensor | float = 1.5, dim: int = -1, seed: int = 0, patches: tuple[emulator.Patch, ...] = ()
+) -> Tensor:
+    """`adasplash2.entmax` on the kernels, differentiable, for tensors with elements and alpha > 1."""
+
+    def call(name: str, arguments: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if has_gpu() else None)
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        build(ENTMAX, patches=patches).call(name, ctypes.byref(arguments), stream, seed=seed, tensors=present)
+
+    return _EntmaxFunction.apply(x, alpha, dim % x.dim(), call)
