@@ -180,7 +180,8 @@ def _compile(
         object_file = Path(folder) / "kernel.o"
         path = root / source.relative_to(ROOT)
         _run(_compiler(), *flags, *map_paths, *_include_flags(root), "-c", path, "-o", object_file)
-        _run(_compiler(), *link, object_file, runtime, "-ldl", "-o", scratch)
+        # The runtime first: of the inline functions that both hold, the linker keeps those without instrumentation.
+        _run(_compiler(), *link, runtime, object_file, "-ldl", "-o", scratch)
     _publish(scratch, target)
     return target
 
