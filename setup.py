@@ -36,6 +36,8 @@ CUDA_KERNELS = [  # nvcc's
     ROOT / "csrc/cuda/any_arch/entmax.cu",
     *sorted((ROOT / "csrc/cuda/sm80/instances").glob("*.cu")),
 ]
+HOPPER_KERNELS = sorted((ROOT / "csrc/cuda/sm90/instances").glob("*.cu"))
+HOPPER_FLAG = "-gencode=arch=compute_90a,code=sm_90a"  # no other target knows wgmma
 CUDA_INCLUDES = [ROOT / "csrc", ROOT / "csrc/cuda/device"]
 
 COMPILE_FLAGS = [
@@ -111,7 +113,10 @@ def why_no_cuda(cuda_home: Path | None) -> str:
 
 
 def architecture_flags() -> list[str]:
-    """-gencode for every entry of TORCH_CUDA_ARCH_LIST: machine code, and PTX for newer GPUs where +PTX asks for it."""
+    """-gencode for every entry of TORCH_CUDA_ARCH_LIST: machine code, and PTX for newer GPUs where +PTX asks for it.
+
+    The kernels for Hopper alone are built where it names 9.0, whatever else it names.
+    """
     flags = []
     for entry in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0"):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
@@ -125,6 +130,18 @@ def architecture_flags() -> list[str]:
     return flags
 
 
+def has_hopper() -> bool:
+    return any(re.fullmatch(r".*compute_90a?,code=sm_.*", flag) for flag in architecture_flags())
+
+
+def kernel_jobs() -> list[tuple[Path, list[str]]]:
+    """What nvcc compiles, and for which architectures."""
+    jobs = [(kernel, architecture_flags()) for kernel in CUDA_KERNELS]
+    if has_hopper():
+        jobs += [(kernel, [HOPPER_FLAG]) for kernel in HOPPER_KERNELS]
+    return jobs
+
+
 class BuildWithKernels(BuildExtension):
     """Compiles CUDA_KERNELS by nvcc, several at a time, before the extension that links them."""
 
@@ -133,20 +150,21 @@ class BuildWithKernels(BuildExtension):
             folder = Path(self.build_temp).resolve() / "nvcc"
             folder.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                objects = list(pool.map(lambda kernel: compile_kernel(CUDA_HOME, kernel, folder), CUDA_KERNELS))
+                objects = list(pool.map(lambda job: compile_kernel(CUDA_HOME, *job, folder), kernel_jobs()))
             extension.extra_objects += objects
             extension.depends += objects
         super().build_extension(extension)
 
 
-def compile_kernel(cuda_home: Path, source: Path, folder: Path) -> str:
+def compile_kernel(cuda_home: Path, source: Path, architectures: list[str], folder: Path) -> str:
     """The object file of a .cu; compiled anew if the command or a file that it read has changed."""
-    made, read, command_file = (folder / f"{source.stem}.{suffix}" for suffix in ("o", "d", "command"))
+    path = source.parents[1].name  # sm80 or sm90: their files have the same names
+    made, read, command_file = (folder / f"{path}_{source.stem}.{suffix}" for suffix in ("o", "d", "command"))
     command = [
         str(cuda_home / "bin/nvcc"),
         *NVCC_FLAGS,
-        *architecture_flags(),
-        *(f"-I{path}" for path in CUDA_INCLUDES),
+        *architectures,
+        *(f"-I{include}" for include in CUDA_INCLUDES),
     ]
     command += ["-MD", "-MF", str(read), "-c", str(source), "-o", str(made)]
     line = " ".join(command)
@@ -171,6 +189,7 @@ if CUDA_HOME is None or CUDA_MISSING:
     COMPILE_FLAGS.append(f'-DADASPLASH2_CUDA_MISSING="{CUDA_MISSING}"')
 else:
     SOURCES += CUDA_SOURCES
+    COMPILE_FLAGS += ["-DADASPLASH2_CUDA_SM90"] if has_hopper() else []
     LINK_FLAGS += [f"-L{library_folder(CUDA_HOME)}", *CUDA_LINK_FLAGS]
 
 setup(

@@ -1,6 +1,7 @@
 version: str
 has_cuda: bool
 cuda_missing: str
+cuda_paths: list[str]
 support_layout: tuple[int, int, int]
 cuda_support_layout: tuple[int, int, int]
 

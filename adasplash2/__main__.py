@@ -23,10 +23,12 @@ def describe() -> str:
 def _describe_cuda() -> str:
     if not _C.has_cuda:
         return f"not available: {_C.cuda_missing}"
+    kernels = f"{' and '.join(_C.cuda_paths)} kernels"
     if not torch.cuda.is_available():
-        return "built, but torch finds no GPU"
+        return f"{kernels} built, but torch finds no GPU"
     major, minor = torch.cuda.get_device_capability()
-    return f"available: sm80 kernels on {torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    path = "sm90" if "sm90" in _C.cuda_paths and (major, minor) == (9, 0) else "sm80"
+    return f"available: {path} of {kernels}, on {torch.cuda.get_device_name()} (compute capability {major}.{minor})"
 
 
 if __name__ == "__main__":

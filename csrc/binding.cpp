@@ -257,6 +257,7 @@ AttentionResult attention_autocast(const Tensor& query, const Tensor& key, const
 #ifdef ADASPLASH2_CUDA_MISSING
 constexpr bool kHasCuda = false;
 constexpr const char* kCudaMissing = ADASPLASH2_CUDA_MISSING;
+std::vector<std::string> cuda_paths() { return {}; }
 
 void say_cuda_is_missing(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, "adasplash2: CUDA tensors need the CUDA kernels; ", kCudaMissing);
@@ -264,6 +265,7 @@ void say_cuda_is_missing(const c10::OperatorHandle&, c10::DispatchKeySet, torch:
 #else
 constexpr bool kHasCuda = true;
 constexpr const char* kCudaMissing = "";
+std::vector<std::string> cuda_paths() { return cuda::built_paths(); }
 #endif
 
 }  // namespace
@@ -319,6 +321,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = ADASPLASH2_VERSION;
   m.attr("has_cuda") = kHasCuda;
   m.attr("cuda_missing") = kCudaMissing;
+  m.attr("cuda_paths") = cuda_paths();
   m.attr("support_layout") = py::make_tuple(cpu::kRowBlock, cpu::kSavedPerRow, cpu::SupportLayout::kHeaderBytes);
   m.attr("cuda_support_layout") = py::make_tuple(kMaskRows, kMaskKeys, cuda::kHeadDimMultiple);
   m.def("isa_levels", &cpu::isa_levels, "Instruction sets this machine can run, slowest first.");

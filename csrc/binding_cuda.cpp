@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cstdlib>
 #include <optional>
 #include <tuple>
 
@@ -42,6 +43,12 @@ void translate_errors(const Body& body) {
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, error.what());
   }
+}
+
+// ADASPLASH2_CUDA_PATH = auto, sm80 or sm90: for tests and measurements.
+cuda::Path requested_path() {
+  const char* name = std::getenv("ADASPLASH2_CUDA_PATH");
+  return name == nullptr ? cuda::Path::kAuto : cuda::path_named(name);
 }
 
 // The same rows where the kernels can load 16 bytes at a time.
@@ -113,7 +120,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cuda(
   call.block_mask = layout.block_mask(mask_bytes.data_ptr());
   call.workspace = workspace.data_ptr();
   call.stream = current_stream(query);
-  translate_errors([&] { cuda::forward(call); });
+  translate_errors([&] {
+    call.path = requested_path();
+    cuda::forward(call);
+  });
 
   Tensor block_mask = at::empty({0}, bytes);
   if (want_block_mask) {
@@ -169,7 +179,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
     if (wanted[2]) call.grad_value = rows(grad_value);
     call.workspace = workspace.data_ptr();
     call.stream = current_stream(query);
-    translate_errors([&] { cuda::backward(call); });
+    translate_errors([&] {
+      call.path = requested_path();
+      cuda::backward(call);
+    });
   }
   const auto unpadded = [](const Tensor& gradient, const Tensor& like, bool is_wanted) {
     return is_wanted ? unpadded_rows(gradient, like.size(3)) : gradient;

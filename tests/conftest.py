@@ -1,4 +1,4 @@
-"""Fixtures: which implementation runs (`path`), with which instructions (`isa`), on how many threads."""
+"""Fixtures: which implementation runs (`path`, `cuda_path`), with which instructions (`isa`), on how many threads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kernels import library
 from tolerance import Attention
 
 import adasplash2
@@ -27,6 +28,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_isa(request.param)
     yield request.param
     _C.set_isa(before)
+
+
+@pytest.fixture(params=library.covered_paths())
+def cuda_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CUDA kernels that calls of kernels/library.py ask for, for the length of the test."""
+    library.path = request.param
+    yield request.param
+    library.path = "auto"
 
 
 @pytest.fixture(params=[1, 2])

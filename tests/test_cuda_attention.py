@@ -1,4 +1,4 @@
-"""The sm80 kernels end to end, forward and backward, held to the rule of tolerance.py.
+"""The kernels of both CUDA paths end to end, forward and backward, held to the rule of tolerance.py.
 
 They run in the emulator with every memory access checked, or on a GPU where there is one; the code is the same.
 """
@@ -17,7 +17,11 @@ from tolerance import check
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LENGTHS = (1, 63, 64, 65, 127, 200, 257, 515)
-_HEAD_DIMS = [(8, 8), (40, 64), (64, 96), (96, 40), (128, 128), (200, 256), (256, 136)]
+_HEAD_DIMS = [(8, 8), (40, 64), (64, 96), (96, 40), (128, 128)]
+_WIDE_HEAD_DIMS = [(200, 256), (256, 136)]
+
+pytestmark = pytest.mark.usefixtures("cuda_path")
+only_sm80 = pytest.mark.parametrize("cuda_path", ["sm80"], indirect=True)
 
 
 def check_case(name: str, shape: Shape, dtype: torch.dtype = BF16, seed: int = 0, **options: object) -> None:
@@ -76,16 +80,28 @@ def test_head_dims(head_dim, value_head_dim, dtype):
     check_case("gaussian", Shape(1, 1, 130, 100, head_dim, value_head_dim=value_head_dim), dtype, seed=head_dim // 8)
 
 
+@only_sm80
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("head_dim, value_head_dim", _WIDE_HEAD_DIMS)
+def test_wide_head_dims(head_dim, value_head_dim, dtype):
+    check_case("gaussian", Shape(1, 1, 130, 100, head_dim, value_head_dim=value_head_dim), dtype, seed=head_dim // 8)
+
+
 @pytest.mark.parametrize("alpha", [2.0, 1.25, 1.1, 1.75])
 @pytest.mark.parametrize("name", ["gaussian", "dense", "rising"])
 def test_alphas(name, alpha):
     check_case(name, Shape(1, 1, 100, 150), seed=2, alpha=alpha)
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("alpha", [2.0, 1.25])
-def test_alphas_of_wide_heads(alpha, head_dim):
-    check_case("gaussian", Shape(1, 1, 70, 130, head_dim), seed=3, alpha=alpha, is_causal=True)
+def test_alphas_at_head_dim_128(alpha):
+    check_case("gaussian", Shape(1, 1, 70, 130, 128), seed=3, alpha=alpha, is_causal=True)
+
+
+@only_sm80
+@pytest.mark.parametrize("alpha", [2.0, 1.25])
+def test_alphas_at_head_dim_256(alpha):
+    check_case("gaussian", Shape(1, 1, 70, 130, 256), seed=3, alpha=alpha, is_causal=True)
 
 
 def test_alpha_of_each_head():
@@ -125,6 +141,7 @@ def test_lengths_of_sequences(num_queries, is_causal):
             assert not result.out[batch].any() and result.aux.tau[batch].isposinf().all()
 
 
+@only_sm80
 def test_no_keys_and_no_queries():
     query, key, value, _ = cases.inputs("gaussian", Shape(1, 2, 70, 64), BF16)
     query, key, value = (t.to(library.device()) for t in (query, key, value))
@@ -211,6 +228,7 @@ def test_same_bits_under_every_schedule():
             assert torch.equal(first, second)
 
 
+@only_sm80
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -232,3 +250,31 @@ def test_what_is_not_built_says_so(change, message):
     )
     with pytest.raises(Exception, match=message):
         library.forward(library.build(), query, key, value, **change)
+
+
+@pytest.mark.parametrize("cuda_path", ["auto"], indirect=True)
+def test_path_is_chosen_by_device_and_case():
+    def rows(dim: int = 64, heads: int = 2) -> torch.Tensor:
+        return torch.zeros(1, heads, 10, dim, dtype=BF16, device=library.device())
+
+    def taken(*tensors: torch.Tensor) -> str:
+        return library.forward(library.build(), *tensors).path
+
+    best = library.covered_paths()[-1]
+    one_head = rows(heads=1)
+    covered = [(rows(), rows(), rows()), (rows(128), rows(128), rows(8))]
+    covered += [(one_head, one_head.expand(2, 1, 10, 64)[:1], one_head)]  # the stride of a dimension of one is any
+    for tensors in covered:
+        assert taken(*tensors) == best
+    not_covered = {
+        "head dims": (rows(136), rows(136), rows()),
+        "strides": (rows(), one_head.expand(1, 2, 10, 64), rows()),
+        "no keys": (rows(), rows()[:, :, :0], rows()[:, :, :0]),
+    }
+    for reason, tensors in not_covered.items():
+        library.path = "auto"
+        assert taken(*tensors) == "sm80"
+        if best == "sm90":
+            library.path = "sm90"
+            with pytest.raises(Exception, match=reason):
+                taken(*tensors)

@@ -1,7 +1,9 @@
 #include "cuda/launch.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <initializer_list>
 #include <string>
 
 #include "cuda/config.h"
@@ -34,14 +36,82 @@ int64_t column_mask_bytes(const AttentionProblem& problem) {
   return num_heads_in_all(problem) * mask_shape(problem).column_words() * int64_t(sizeof(uint32_t));
 }
 
-const Passes& find_passes(const AttentionProblem& problem) {
-  static const Passes* const kInstances[] = {&sm80::bfloat16_64, &sm80::bfloat16_128, &sm80::bfloat16_256,
-                                             &sm80::float16_64,  &sm80::float16_128,  &sm80::float16_256};
+constexpr std::array<const char*, 3> kPathNames{"auto", "sm80", "sm90"};
+
+using Instances = std::initializer_list<const Passes*>;
+
+constexpr Instances kPortableInstances{&sm80::bfloat16_64, &sm80::bfloat16_128, &sm80::bfloat16_256,
+                                       &sm80::float16_64,  &sm80::float16_128,  &sm80::float16_256};
+#ifdef ADASPLASH2_CUDA_SM90
+constexpr Instances kHopperInstances{&sm90::bfloat16_64, &sm90::bfloat16_128, &sm90::float16_64, &sm90::float16_128};
+#else
+constexpr Instances kHopperInstances{};
+#endif
+constexpr bool kHasSm90 = kHopperInstances.size() > 0;
+
+const Passes* find_instance(Instances instances, const AttentionProblem& problem) {
   const int head_dim = instance_head_dim(std::max(problem.head_dim, problem.value_head_dim));
-  for (const Passes* passes : kInstances) {
-    if (passes->dtype == problem.dtype && passes->head_dim == head_dim) return *passes;
+  for (const Passes* passes : instances) {
+    if (passes->dtype == problem.dtype && passes->head_dim == head_dim) return passes;
   }
-  throw NotBuilt("adasplash2: dtype: the CUDA kernels take bfloat16 and float16");
+  return nullptr;
+}
+
+// A tensor of the call: TMA reads and writes it through a map of its sizes and strides.
+struct Operand {
+  const Rows& rows;
+  int64_t num_rows;
+  int64_t num_heads;
+};
+
+// TMA's strides are below 2^40 bytes, and a dimension that is repeated has none. (Multiples of 16 bytes they are
+// anyway: is_aligned().)
+bool is_tma_operand(const Operand& operand, const AttentionProblem& problem) {
+  constexpr int64_t kStrideEnd = int64_t(1) << 40;
+  const auto fits = [&](int64_t stride, int64_t size) {
+    return size == 1 || (stride > 0 && stride < kStrideEnd / size_of(problem.dtype));
+  };
+  const Rows& rows = operand.rows;
+  return rows.data == nullptr || (fits(rows.stride_row, operand.num_rows) &&
+                                  fits(rows.stride_head, operand.num_heads) && fits(rows.stride_batch, problem.batch));
+}
+
+// Why the sm90 kernels cannot run, for users; null if they can.
+const char* why_not_sm90(const AttentionProblem& problem, std::initializer_list<Operand> operands) {
+  if (!kHasSm90) return "this build has no code for sm_90a";
+  const Passes* passes = find_instance(kHopperInstances, problem);
+  if (passes == nullptr) return "they take bfloat16 and float16, head dims up to 128";
+  if (problem.num_keys == 0) return "there are no keys";
+  for (const Operand& operand : operands) {
+    if (!is_tma_operand(operand, problem)) return "TMA cannot take the strides";
+  }
+  if (!passes->runs_here()) return "the GPU is not of compute capability 9.0";
+  return nullptr;
+}
+
+Path choose_path(Path path, const AttentionProblem& problem, std::initializer_list<Operand> operands) {
+  if (path == Path::kSm80) return path;
+  const char* const reason = why_not_sm90(problem, operands);
+  if (reason == nullptr) return Path::kSm90;
+  if (path == Path::kSm90) throw NotBuilt(std::string("adasplash2: the sm90 kernels cannot run here: ") + reason);
+  return Path::kSm80;
+}
+
+// The passes of a path, pass by pass: what the sm90 one lacks is the sm80 one's.
+Passes find_passes(const AttentionProblem& problem, Path path) {
+  const Passes* const portable = find_instance(kPortableInstances, problem);
+  if (portable == nullptr) throw NotBuilt("adasplash2: no CUDA kernels for this dtype and these head dims");
+  Passes passes = *portable;
+  if (path == Path::kSm90) {
+    const Passes& hopper = *find_instance(kHopperInstances, problem);
+    const auto take = [](auto& pass, auto other) { pass = other == nullptr ? pass : other; };
+    take(passes.scan, hopper.scan);
+    take(passes.output, hopper.output);
+    take(passes.delta, hopper.delta);
+    take(passes.grad_query, hopper.grad_query);
+    take(passes.grad_key_value, hopper.grad_key_value);
+  }
+  return passes;
 }
 
 void require_aligned(const Rows& rows, DataType dtype, const char* name) {
@@ -103,6 +173,41 @@ void require_supported(const AttentionProblem& problem) {
   require(problem.alpha_heads != nullptr || (problem.alpha > 1.0 && problem.alpha <= 2.0), "alpha must be in (1, 2]");
 }
 
+Path path_of(const Forward& call) {
+  const AttentionProblem& problem = call.problem;
+  const int64_t num_queries = problem.num_queries, num_keys = problem.num_keys;
+  return choose_path(call.path, problem,
+                     {{problem.query, num_queries, problem.num_heads},
+                      {problem.key, num_keys, problem.num_kv_heads},
+                      {problem.value, num_keys, problem.num_kv_heads},
+                      {call.out, num_queries, problem.num_heads},
+                      {call.gap_mean_v, num_queries, problem.num_heads}});
+}
+
+Path path_of(const Backward& call) {
+  const AttentionProblem& problem = call.problem;
+  const int64_t num_queries = problem.num_queries, num_keys = problem.num_keys;
+  return choose_path(call.path, problem,
+                     {{problem.query, num_queries, problem.num_heads},
+                      {problem.key, num_keys, problem.num_kv_heads},
+                      {problem.value, num_keys, problem.num_kv_heads},
+                      {call.gap_mean_v, num_queries, problem.num_heads},
+                      {call.grad_out, num_queries, problem.num_heads},
+                      {call.grad_query, num_queries, problem.num_heads},
+                      {call.grad_key, num_keys, problem.num_kv_heads},
+                      {call.grad_value, num_keys, problem.num_kv_heads}});
+}
+
+Path path_named(const std::string& name) {
+  const auto found = std::find(kPathNames.begin(), kPathNames.end(), name);
+  require(found != kPathNames.end(), "the CUDA path must be auto, sm80 or sm90, got " + name);
+  return static_cast<Path>(found - kPathNames.begin());
+}
+
+std::vector<std::string> built_paths() {
+  return kHasSm90 ? std::vector<std::string>{"sm80", "sm90"} : std::vector<std::string>{"sm80"};
+}
+
 void forward(const Forward& call) {
   const AttentionProblem& problem = call.problem;
   require_supported(problem);
@@ -120,7 +225,10 @@ void forward(const Forward& call) {
   workspace.is_coarse = bytes;
   bytes += align_up(num_rows_in_all(problem));
   workspace.tile_excess = reinterpret_cast<uint16_t*>(bytes);
-  find_passes(problem).forward(call, workspace);
+
+  const Passes passes = find_passes(problem, path_of(call));
+  passes.scan(call, workspace);
+  passes.output(call, workspace);
 }
 
 void backward(const Backward& call) {
@@ -139,7 +247,13 @@ void backward(const Backward& call) {
   workspace.delta = reinterpret_cast<float*>(bytes);
   bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
   workspace.column_mask = reinterpret_cast<uint32_t*>(bytes);
-  find_passes(problem).backward(call, workspace);
+
+  const Passes passes = find_passes(problem, path_of(call));
+  passes.delta(call, workspace);
+  if (call.grad_query.data != nullptr) passes.grad_query(call, workspace);
+  if (problem.num_keys > 0 && (call.grad_key.data != nullptr || call.grad_value.data != nullptr)) {
+    passes.grad_key_value(call, workspace);
+  }
 }
 
 }  // namespace adasplash2::cuda

@@ -3,11 +3,17 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "adasplash2.h"
 #include "params.h"
 
 namespace adasplash2::cuda {
+
+// Which kernels: those for Hopper where they run and cover the case, else those for every GPU from Ampere on; or, for
+// tests and measurements, one of the two.
+enum class Path : int32_t { kAuto, kSm80, kSm90 };
 
 struct Forward {
   AttentionProblem problem;
@@ -18,6 +24,7 @@ struct Forward {
   uint32_t* block_mask = nullptr;   // block_mask_bytes(problem), by rows (math/block_mask.h)
   void* workspace = nullptr;  // forward_workspace_bytes(problem), 16-byte aligned; free again once the pass is done
   void* stream = nullptr;     // cudaStream_t
+  Path path = Path::kAuto;
 };
 
 struct Backward {
@@ -31,6 +38,7 @@ struct Backward {
   Rows grad_value;                       // (B, Hkv, Nk, Dv), data nullable
   void* workspace = nullptr;             // backward_workspace_bytes(problem), 16-byte aligned
   void* stream = nullptr;                // cudaStream_t
+  Path path = Path::kAuto;
 };
 
 int64_t block_mask_bytes(const AttentionProblem& problem);
@@ -43,6 +51,15 @@ bool is_aligned(const Rows& rows, DataType dtype);
 // No rows of query is nothing to do, no keys is rows without keys; other empty tensors are the caller's.
 // Throws NotBuilt, naming the option, for what these kernels cannot do, std::invalid_argument for what nothing can.
 void require_supported(const AttentionProblem& problem);
+
+// The path that forward and backward take on the current device, kSm80 or kSm90. Throws NotBuilt where the one that the
+// call asks for cannot be taken.
+Path path_of(const Forward& call);
+Path path_of(const Backward& call);
+
+// "auto", "sm80", "sm90": the names of Path, in its order. The paths that this build has, whatever the device.
+Path path_named(const std::string& name);
+std::vector<std::string> built_paths();
 
 void forward(const Forward& call);
 void backward(const Backward& call);

@@ -1,4 +1,4 @@
-// One kernel instance as the launch layer sees it: an architecture, an element type and a head dim, all passes.
+// One kernel instance as the launch layer sees it: an architecture, an element type and a head dim, pass by pass.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +20,17 @@ struct BackwardWorkspace {
   uint32_t* column_mask;  // the block mask by columns
 };
 
+// On one stream, in the order of the members. The passes of two architectures leave the same things in the same places,
+// so they can be mixed.
 struct Passes {
   DataType dtype = DataType::kBFloat16;
   int head_dim = 0;
-  void (*forward)(const Forward&, const ForwardWorkspace&) = nullptr;
-  void (*backward)(const Backward&, const BackwardWorkspace&) = nullptr;
+  bool (*runs_here)() = nullptr;  // has the current device the instructions? nullable: every device has them
+  void (*scan)(const Forward&, const ForwardWorkspace&) = nullptr;
+  void (*output)(const Forward&, const ForwardWorkspace&) = nullptr;
+  void (*delta)(const Backward&, const BackwardWorkspace&) = nullptr;
+  void (*grad_query)(const Backward&, const BackwardWorkspace&) = nullptr;
+  void (*grad_key_value)(const Backward&, const BackwardWorkspace&) = nullptr;
 };
 
 namespace sm80 {
@@ -32,5 +38,11 @@ namespace sm80 {
 extern const Passes bfloat16_64, bfloat16_128, bfloat16_256;
 extern const Passes float16_64, float16_128, float16_256;
 }  // namespace sm80
+
+namespace sm90 {
+// The same, where the build has them. A pass that is null is the sm80 one.
+extern const Passes bfloat16_64, bfloat16_128;
+extern const Passes float16_64, float16_128;
+}  // namespace sm90
 
 }  // namespace adasplash2::cuda

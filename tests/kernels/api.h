@@ -22,6 +22,8 @@ extern "C" int64_t backward_workspace_bytes(const AttentionProblem* problem) {
   return cuda::backward_workspace_bytes(*problem);
 }
 
+extern "C" int taken_path(const cuda::Forward* call) { return static_cast<int>(cuda::path_of(*call)); }
+
 // So that the mirror of these structs in Python cannot drift unnoticed.
 extern "C" int64_t sizeof_forward() { return sizeof(cuda::Forward); }
 extern "C" int64_t sizeof_backward() { return sizeof(cuda::Backward); }

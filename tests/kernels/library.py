@@ -27,6 +27,9 @@ ALL_INSTANCES = ROOT / "tests" / "kernels" / "all_instances.cu"
 ONE_INSTANCE = ROOT / "tests" / "kernels" / "one_instance.cu"
 ENTMAX = ROOT / "tests" / "kernels" / "entmax.cu"
 
+PATHS = ("auto", "sm80", "sm90")  # cuda::Path
+path = "auto"  # that every call asks for: see the fixture cuda_path
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.bool: 4}
 
 
@@ -63,12 +66,13 @@ class Problem(ctypes.Structure):
 class Forward(ctypes.Structure):
     _fields_ = [("problem", Problem), ("out", Rows), ("gap_mean_v", Rows)]
     _fields_ += [(name, ctypes.c_void_p) for name in ("tau", "support_size", "block_mask", "workspace", "stream")]
+    _fields_ += [("path", ctypes.c_int32)]
 
 
 class Backward(ctypes.Structure):
     _fields_ = [("problem", Problem), ("tau", ctypes.c_void_p), ("block_mask", ctypes.c_void_p)]
     _fields_ += [(name, Rows) for name in ("gap_mean_v", "grad_out", "grad_query", "grad_key", "grad_value")]
-    _fields_ += [("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p)]
+    _fields_ += [("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p), ("path", ctypes.c_int32)]
 
 
 class EntmaxProblem(ctypes.Structure):
@@ -118,14 +122,20 @@ def build_for_gpu(arch: str) -> Path:
     if target.exists():
         return target
     build.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{arch}", "-Xcompiler", "-fPIC", "-Xptxas", "-warn-spills"]
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-Xptxas", "-warn-spills"]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda/device'}"]
     units = sorted((ROOT / "csrc/cuda/sm80/instances").glob("*.cu"))
     units += [ROOT / "csrc/cuda/any_arch/entmax.cu", ROOT / "csrc/cuda/launch.cpp", ROOT / "tests/kernels/gpu.cu"]
+    if arch == "90":
+        units += sorted((ROOT / "csrc/cuda/sm90/instances").glob("*.cu"))
+        flags += ["-DADASPLASH2_CUDA_SM90"]
 
     def compile_unit(unit: Path) -> str:
-        made = str(build / f"{unit.stem}.o")
-        subprocess.run(["nvcc", *flags, "-c", str(unit), "-o", made], check=True)
+        folder = unit.parents[1].name  # the instances of both paths have the same names
+        made = str(build / f"{folder}_{unit.stem}.o")
+        target_arch = "90a" if folder == "sm90" else arch
+        target_flag = f"-gencode=arch=compute_{target_arch},code=sm_{target_arch}"
+        subprocess.run(["nvcc", *flags, target_flag, "-c", str(unit), "-o", made], check=True)
         return made
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -142,6 +152,11 @@ def has_gpu() -> bool:
 
 def device() -> torch.device:
     return torch.device("cuda" if has_gpu() else "cpu")
+
+
+def covered_paths() -> tuple[str, ...]:
+    """The paths that run here: the emulated device is a Hopper."""
+    return PATHS[1:] if not has_gpu() or torch.cuda.get_device_capability() == (9, 0) else PATHS[1:2]
 
 
 @functools.cache
@@ -190,6 +205,7 @@ class Run:
     block_mask: Tensor  # (B, H, row groups, key tiles) bool, unpacked
     block_mask_words: Tensor
     workspace: Tensor
+    path: str = ""  # that was taken
     counters: dict[str, int] = field(default_factory=dict)
 
     def _rows_of(self, offset: int, dtype: torch.dtype) -> Tensor:
@@ -278,11 +294,13 @@ def forward(
     call = Forward(
         problem, Rows.of(run.out), Rows.of(run.gap_mean_v), run.tau.data_ptr(), run.support_size.data_ptr(),
         words.data_ptr(), workspace.data_ptr(), torch.cuda.current_stream().cuda_stream if has_gpu() else None,
+        PATHS.index(path),
     )  # fmt: skip
     tensors = inputs | {
         name: getattr(run, name) for name in ("out", "gap_mean_v", "tau", "support_size", "workspace")
     } | {"block_mask": words}  # fmt: skip
     run.counters = library.call("attention_forward", ctypes.byref(call), seed=seed, tensors=tensors)
+    run.path = PATHS[_functions(library).taken_path(ctypes.byref(call))]
     run.block_mask = _unpack(words, tiles)
     return run
 
@@ -312,7 +330,7 @@ def backward(
         run.problem, run.tau.data_ptr(), run.block_mask_words.data_ptr(), Rows.of(run.gap_mean_v), Rows.of(grad_out),
         *(Rows.of(grad if name.removeprefix("grad_") in wanted else None) for name, grad in grads.items()),
         workspace.data_ptr(),
-        torch.cuda.current_stream().cuda_stream if has_gpu() else None,
+        torch.cuda.current_stream().cuda_stream if has_gpu() else None, PATHS.index(path),
     )  # fmt: skip
     tensors = inputs | grads | {
         "grad_out": grad_out, "tau": run.tau, "block_mask": run.block_mask_words, "gap_mean_v": run.gap_mean_v,

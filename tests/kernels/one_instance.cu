@@ -1,10 +1,18 @@
-// One instance alone, quick to build: for the tests that build a patched copy of the kernels for each seeded bug.
+// One instance of each path, quick to build: for the tests that build a patched copy of the kernels for each bug.
 #include "api.h"
+#define ADASPLASH2_CUDA_SM90
 #include "cuda/launch.cpp"
 #include "cuda/sm80/instances/bfloat16_64.cu"
+#include "cuda/sm90/instances/bfloat16_64.cu"
 
 namespace adasplash2::cuda::sm80 {
 
 const Passes bfloat16_128{}, bfloat16_256{}, float16_64{}, float16_128{}, float16_256{};
 
 }  // namespace adasplash2::cuda::sm80
+
+namespace adasplash2::cuda::sm90 {
+
+const Passes bfloat16_128{}, float16_64{}, float16_128{};
+
+}  // namespace adasplash2::cuda::sm90

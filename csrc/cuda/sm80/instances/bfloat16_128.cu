@@ -4,7 +4,6 @@
 
 namespace adasplash2::cuda::sm80 {
 
-const Passes bfloat16_128{DataType::kBFloat16, 128, Instance<__nv_bfloat16, 128>::forward,
-                          Instance<__nv_bfloat16, 128>::backward};
+const Passes bfloat16_128 = Instance<__nv_bfloat16, 128>::passes(DataType::kBFloat16);
 
 }  // namespace adasplash2::cuda::sm80

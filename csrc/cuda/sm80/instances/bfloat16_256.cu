@@ -4,7 +4,6 @@
 
 namespace adasplash2::cuda::sm80 {
 
-const Passes bfloat16_256{DataType::kBFloat16, 256, Instance<__nv_bfloat16, 256>::forward,
-                          Instance<__nv_bfloat16, 256>::backward};
+const Passes bfloat16_256 = Instance<__nv_bfloat16, 256>::passes(DataType::kBFloat16);
 
 }  // namespace adasplash2::cuda::sm80

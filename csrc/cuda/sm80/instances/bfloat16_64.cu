@@ -4,7 +4,6 @@
 
 namespace adasplash2::cuda::sm80 {
 
-const Passes bfloat16_64{DataType::kBFloat16, 64, Instance<__nv_bfloat16, 64>::forward,
-                         Instance<__nv_bfloat16, 64>::backward};
+const Passes bfloat16_64 = Instance<__nv_bfloat16, 64>::passes(DataType::kBFloat16);
 
 }  // namespace adasplash2::cuda::sm80

@@ -4,6 +4,6 @@
 
 namespace adasplash2::cuda::sm80 {
 
-const Passes float16_128{DataType::kFloat16, 128, Instance<__half, 128>::forward, Instance<__half, 128>::backward};
+const Passes float16_128 = Instance<__half, 128>::passes(DataType::kFloat16);
 
 }  // namespace adasplash2::cuda::sm80

@@ -4,6 +4,6 @@
 
 namespace adasplash2::cuda::sm80 {
 
-const Passes float16_256{DataType::kFloat16, 256, Instance<__half, 256>::forward, Instance<__half, 256>::backward};
+const Passes float16_256 = Instance<__half, 256>::passes(DataType::kFloat16);
 
 }  // namespace adasplash2::cuda::sm80

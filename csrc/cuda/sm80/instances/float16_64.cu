@@ -4,6 +4,6 @@
 
 namespace adasplash2::cuda::sm80 {
 
-const Passes float16_64{DataType::kFloat16, 64, Instance<__half, 64>::forward, Instance<__half, 64>::backward};
+const Passes float16_64 = Instance<__half, 64>::passes(DataType::kFloat16);
 
 }  // namespace adasplash2::cuda::sm80

@@ -1,0 +1,52 @@
+// What launching a pass takes on every architecture: its parameters, the kernel's template for alpha, its grid.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <launch_kernel.cuh>
+#include <type_traits>
+
+#include "cuda/pass_params.h"
+#include "cuda/passes.h"
+#include "math/entmax.h"
+#include "params.h"
+
+namespace adasplash2::cuda {
+
+// launch(std::integral_constant<AlphaKind, ...>): kernels are templates over what alpha is. A tensor of alphas is known
+// to the device only.
+template <typename Launch>
+void for_alpha_kind(const AttentionProblem& problem, const Launch& launch) {
+  switch (problem.alpha_heads == nullptr ? alpha_kind(problem.alpha) : AlphaKind::kGeneral) {
+    case AlphaKind::kOneAndHalf:
+      return launch(std::integral_constant<AlphaKind, AlphaKind::kOneAndHalf>{});
+    case AlphaKind::kTwo:
+      return launch(std::integral_constant<AlphaKind, AlphaKind::kTwo>{});
+    case AlphaKind::kGeneral:
+      return launch(std::integral_constant<AlphaKind, AlphaKind::kGeneral>{});
+  }
+}
+
+// Blocks x heads x sequences.
+inline dim3 grid_of(const AttentionProblem& problem, int64_t num_blocks, int64_t num_heads) {
+  return dim3(static_cast<unsigned>(num_blocks), static_cast<unsigned>(num_heads),
+              static_cast<unsigned>(problem.batch));
+}
+
+inline ScanParams scan_params(const Forward& call, const ForwardWorkspace& workspace) {
+  return {call.problem, workspace.tau_lower, workspace.is_coarse, workspace.scan_mask, workspace.tile_excess};
+}
+
+inline OutputParams output_params(const Forward& call, const ForwardWorkspace& workspace) {
+  return {call.problem, workspace.tau_lower, workspace.is_coarse, workspace.scan_mask, call.out, call.gap_mean_v,
+          call.tau,     call.support_size,   call.block_mask};
+}
+
+inline GradParams grad_params(const Backward& call, const BackwardWorkspace& workspace, const uint32_t* block_mask) {
+  return {call.problem,  call.tau,        workspace.delta, block_mask,
+          call.grad_out, call.grad_query, call.grad_key,   call.grad_value};
+}
+
+inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+}  // namespace adasplash2::cuda

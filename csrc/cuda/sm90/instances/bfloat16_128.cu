@@ -1,0 +1,9 @@
+#include <cuda_bf16.h>
+
+#include "cuda/sm90/launch.cuh"
+
+namespace adasplash2::cuda::sm90 {
+
+const Passes bfloat16_128 = Instance<__nv_bfloat16, 128>::passes(DataType::kBFloat16);
+
+}  // namespace adasplash2::cuda::sm90

@@ -1,0 +1,9 @@
+#include <cuda_fp16.h>
+
+#include "cuda/sm90/launch.cuh"
+
+namespace adasplash2::cuda::sm90 {
+
+const Passes float16_128 = Instance<__half, 128>::passes(DataType::kFloat16);
+
+}  // namespace adasplash2::cuda::sm90
