@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cmath>
 #include <cstdlib>
 #include <optional>
 #include <tuple>
@@ -64,8 +65,8 @@ void align_inputs(AttentionProblem& problem, ProblemTensors& tensors) {
 }
 
 // The kernels' block mask (a bit for 16 x 64) as bytes for 64 x 64: bit 0 = the tile has an unmasked pair, bit 1 = it
-// is live. The first key of a tile is the one that most rows see, its last row the one that sees most keys.
-Tensor public_block_mask(const AttentionProblem& problem, const Tensor& key_lengths, const Tensor& words) {
+// is live.
+Tensor public_block_mask(const AttentionProblem& problem, const ProblemTensors& tensors, const Tensor& words) {
   constexpr int64_t kGroups = kPublicTile / kMaskRows;
   const auto num_tiles = [](int64_t n) { return (n + kPublicTile - 1) / kPublicTile; };
   const int64_t row_tiles = num_tiles(problem.num_queries), key_tiles = num_tiles(problem.num_keys);
@@ -76,15 +77,29 @@ Tensor public_block_mask(const AttentionProblem& problem, const Tensor& key_leng
           .unflatten(2, {row_tiles, kGroups})
           .amax(3);
 
-  const Tensor first_row = at::arange(row_tiles, integers).mul(kPublicTile).unsqueeze(-1);
-  const Tensor last_row = first_row.add(kPublicTile - 1).clamp_max(problem.num_queries - 1);
-  const Tensor first_key = at::arange(key_tiles, integers).mul(kPublicTile);
-  Tensor is_unmasked = at::ones({row_tiles, key_tiles}, integers.dtype(at::kBool));
+  // Of a tile without attn_mask two pairs decide: the first key is the one that most rows see, the last row the one
+  // that sees most keys. With it all pairs do.
+  const int64_t step = tensors.mask.defined() ? 1 : kPublicTile;
+  const auto tile_starts = [&](int64_t n) { return at::arange(num_tiles(n) * kPublicTile / step, integers).mul(step); };
+  const Tensor first_row = tile_starts(problem.num_queries).unsqueeze(-1), first_key = tile_starts(problem.num_keys);
+  const Tensor last_row = first_row.add(step - 1).clamp_max(problem.num_queries - 1);
+  Tensor is_unmasked = at::ones({first_row.size(0), first_key.size(0)}, integers.dtype(at::kBool));
   if (problem.is_causal) is_unmasked = first_key.le(last_row.add(problem.num_keys - problem.num_queries));
-  if (key_lengths.defined()) {
-    const Tensor lengths = key_lengths.view({-1, 1, 1, 1});
+  if (tensors.key_lengths.defined()) {
+    const Tensor lengths = tensors.key_lengths.view({-1, 1, 1, 1});
     is_unmasked = is_unmasked.logical_and(first_key.lt(lengths));
     if (problem.num_queries == problem.num_keys) is_unmasked = is_unmasked.logical_and(first_row.lt(lengths));
+  }
+  if (tensors.mask.defined()) {
+    const Tensor& mask = tensors.mask;
+    const Tensor seen = (mask.scalar_type() == at::kBool ? mask : mask.ne(-INFINITY))
+                            .expand({-1, -1, problem.num_queries, problem.num_keys});
+    is_unmasked =
+        at::constant_pad_nd(seen, {0, first_key.size(0) - problem.num_keys, 0, first_row.size(0) - problem.num_queries})
+            .logical_and(is_unmasked)
+            .unflatten(3, {key_tiles, kPublicTile})
+            .unflatten(2, {row_tiles, kPublicTile})
+            .amax({3, 5});
   }
   return live.mul(2).add(is_unmasked).to(at::kByte);
 }
@@ -130,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cuda(
     const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
     const Tensor words =
         mask_bytes.view(at::kInt).view({problem.batch, problem.num_heads, shape.num_row_groups, shape.key_words()});
-    block_mask = public_block_mask(problem, tensors.key_lengths, words);
+    block_mask = public_block_mask(problem, tensors, words);
   }
   return {unpadded_rows(out, value.size(3)), tau, support_size, block_mask, support};
 }
@@ -165,25 +180,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
   Tensor grad_query = gradient(wanted[0], query, problem.head_dim);
   Tensor grad_key = gradient(wanted[1], key, problem.head_dim);
   Tensor grad_value = gradient(wanted[2], value, problem.value_head_dim);
-  if (tau.numel() == 0) {
-    for (Tensor* tensor : {&grad_query, &grad_key, &grad_value}) tensor->zero_();
-  } else {
-    Tensor aligned_grad_out = padded_rows(grad_out.to(query.scalar_type()), cuda::kHeadDimMultiple);
-    const Tensor workspace = at::empty({cuda::backward_workspace_bytes(problem)}, query.options().dtype(at::kByte));
-    call.tau = tau.const_data_ptr<float>();
-    call.block_mask = layout.block_mask(support.data_ptr());
-    call.gap_mean_v = layout.gap_mean_v(support.data_ptr(), problem);
-    call.grad_out = aligned_rows(aligned_grad_out);
-    if (wanted[0]) call.grad_query = rows(grad_query);
-    if (wanted[1]) call.grad_key = rows(grad_key);
-    if (wanted[2]) call.grad_value = rows(grad_value);
-    call.workspace = workspace.data_ptr();
-    call.stream = current_stream(query);
-    translate_errors([&] {
-      call.path = requested_path();
-      cuda::backward(call);
-    });
-  }
+  Tensor aligned_grad_out = padded_rows(grad_out.to(query.scalar_type()), cuda::kHeadDimMultiple);
+  const Tensor workspace = at::empty({cuda::backward_workspace_bytes(problem)}, query.options().dtype(at::kByte));
+  call.tau = tau.const_data_ptr<float>();
+  call.block_mask = layout.block_mask(support.data_ptr());
+  call.gap_mean_v = layout.gap_mean_v(support.data_ptr(), problem);
+  call.grad_out = aligned_rows(aligned_grad_out);
+  if (wanted[0]) call.grad_query = rows(grad_query);
+  if (wanted[1]) call.grad_key = rows(grad_key);
+  if (wanted[2]) call.grad_value = rows(grad_value);
+  call.workspace = workspace.data_ptr();
+  call.stream = current_stream(query);
+  translate_errors([&] {
+    call.path = requested_path();
+    cuda::backward(call);
+  });
   const auto unpadded = [](const Tensor& gradient, const Tensor& like, bool is_wanted) {
     return is_wanted ? unpadded_rows(gradient, like.size(3)) : gradient;
   };

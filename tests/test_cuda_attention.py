@@ -119,6 +119,47 @@ def test_batches_and_scale():
     check_case("gaussian", Shape(3, 2, 70, 65), seed=1, scale=0.31)
 
 
+@pytest.mark.parametrize("scale", [-0.2, -3.0, 0.0, 1e-40])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_scales_that_are_not_positive(scale, head_dim):
+    """A negative scale prefers the least similar keys; with none all keys count alike."""
+    check_case("gaussian", Shape(1, 1, 70, 130, head_dim), seed=2, scale=scale, is_causal=head_dim == 256)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask_shape", [(2, 4, 70, 150), (70, 150), (2, 1, 1, 150), (4, 70, 1), (2, 1, 70, 1)])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_attn_mask(kind, mask_shape, head_dim):
+    """Masks that broadcast in every dimension, with masked keys, masked tiles and a row whose keys are all masked."""
+    shape = Shape(2, 4, 70, 150, head_dim, kv_heads=2)
+    generator = torch.Generator().manual_seed(len(mask_shape))
+    mask = torch.randn(mask_shape, generator=generator).to(BF16)
+    is_seen = torch.rand(mask_shape, generator=generator) < 0.7
+    is_seen[..., :1, :] = False
+    if mask_shape[-1] > 1:
+        is_seen[..., 64:128] = False
+    check_case(
+        "gaussian", shape, seed=3, attn_mask=is_seen if kind == "bool" else mask.masked_fill(~is_seen, -torch.inf)
+    )
+
+
+def test_attn_mask_of_any_strides():
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 2, 70, 90), BF16)
+    mask = torch.randn(1, 2, 70, 90).to(BF16)
+    tensors = [t.requires_grad_() for t in (query, key, value)]
+    for layout in ("slice", "transposed", "strided"):
+        check(library.attention, *tensors, grad_out, attn_mask=cases.poisoned(mask, layout), scale=-0.3)
+
+
+@pytest.mark.parametrize("lengths", [torch.tensor([0, 65]), torch.tensor([90, 30])])
+def test_attn_mask_with_lengths_and_large_values(lengths):
+    """What models add for masked keys, finite but far below any score, beside lengths; and one mask of zeros."""
+    shape = Shape(2, 1, 90, 90)
+    mask = torch.where(torch.rand(2, 1, 90, 90) < 0.5, torch.finfo(BF16).min, 0.0).to(BF16)
+    mask[0, 0, 5:] = 0.0
+    check_case("gaussian", shape, attn_mask=mask, key_lengths=lengths)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("num_queries", [130, 100])
 def test_lengths_of_sequences(num_queries, is_causal):
@@ -149,7 +190,10 @@ def test_no_keys_and_no_queries():
     assert not run.out.any() and run.tau.isposinf().all() and not run.support_size.any()
     grads = library.backward(library.build(), run, torch.ones_like(run.out))
     assert not grads.query.any() and grads.key.numel() == 0
-    assert library.forward(library.build(), query[:, :, :0], key, value).out.shape == (1, 2, 0, 64)
+    run = library.forward(library.build(), query[:, :, :0], key, value)
+    assert run.out.shape == (1, 2, 0, 64)
+    grads = library.backward(library.build(), run, torch.ones_like(run.out))
+    assert grads.query.numel() == 0 and (grads.key == 0).all() and (grads.value == 0).all()
 
 
 @pytest.mark.parametrize("wanted", ["query", "key", "value"])
@@ -175,6 +219,21 @@ def test_bad_query_row_poisons_itself_alone(bad):
     is_bad[37] = True
     assert out[0, 0, is_bad].isnan().all() and aux.tau[0, 0, is_bad].isnan().all()
     assert torch.equal(out[0, 0, ~is_bad], clean[0, 0, ~is_bad])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_of_a_bad_query_row(head_dim):
+    """Its own gradient is NaN. Those of keys are as if it were not there, though what comes back to it is NaN too."""
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 1, 130, 100, head_dim), BF16)
+    rows = [row for row in range(130) if row != 37]
+    tensors = [t.clone().requires_grad_() for t in (query[:, :, rows], key, value)]
+    expected = torch.autograd.grad(library.attention(*tensors), tensors, grad_out[:, :, rows])
+    query[0, 0, 37, 5], grad_out[0, 0, 37] = torch.nan, torch.nan
+    tensors = [t.requires_grad_() for t in (query, key, value)]
+    grad_query, *others = torch.autograd.grad(library.attention(*tensors), tensors, grad_out)
+    assert grad_query[0, 0, 37].isnan().all()
+    for ours, same in zip((grad_query[:, :, rows], *others), expected, strict=True):
+        torch.testing.assert_close(ours, same, rtol=2**-7, atol=2**-7)
 
 
 def test_nan_key_poisons_the_rows_that_see_it():
@@ -232,8 +291,8 @@ def test_same_bits_under_every_schedule():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"scale": -1.0}, "scale"),
-        ({"scale": 0.0}, "scale"),
+        ({"scale": float("inf")}, "scale"),
+        ({"attn_mask": torch.zeros(64, 64)}, "attn_mask"),
         ({"alpha": 2.5}, "alpha"),
         ({"alpha": 1.0}, "alpha"),
         ({"dtype": torch.float32}, "dtype"),

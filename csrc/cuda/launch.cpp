@@ -81,7 +81,9 @@ const char* why_not_sm90(const AttentionProblem& problem, std::initializer_list<
   if (!kHasSm90) return "this build has no code for sm_90a";
   const Passes* passes = find_instance(kHopperInstances, problem);
   if (passes == nullptr) return "they take bfloat16 and float16, head dims up to 128";
-  if (problem.num_keys == 0) return "there are no keys";
+  if (problem.num_queries == 0 || problem.num_keys == 0) return "there are no queries or no keys";
+  if (problem.mask.data != nullptr) return "they have no attn_mask";
+  if (!(problem.scale > 0.0)) return "the scale is not positive";
   for (const Operand& operand : operands) {
     if (!is_tma_operand(operand, problem)) return "TMA cannot take the strides";
   }
@@ -124,7 +126,7 @@ void require_present(const Rows& rows, DataType dtype, const char* name) {
 }
 
 void require_inputs(const AttentionProblem& problem) {
-  require_present(problem.query, problem.dtype, "query");
+  if (problem.num_queries > 0) require_present(problem.query, problem.dtype, "query");
   if (problem.num_keys == 0) return;
   require_present(problem.key, problem.dtype, "key");
   require_present(problem.value, problem.dtype, "value");
@@ -157,8 +159,10 @@ void require_supported(const AttentionProblem& problem) {
   if (problem.dtype != DataType::kBFloat16 && problem.dtype != DataType::kFloat16) {
     not_built("dtype: the CUDA kernels take bfloat16 and float16");
   }
-  if (problem.mask.data != nullptr) not_built("attn_mask is not built for CUDA");
-  if (!(problem.scale > 0.0) || !std::isfinite(problem.scale)) not_built("scale must be positive on CUDA");
+  const DataType mask_dtype = problem.mask.dtype;
+  require(problem.mask.data == nullptr || mask_dtype == DataType::kBool || mask_dtype == problem.dtype,
+          "attn_mask must be bool or of the dtype of query");
+  if (!std::isfinite(problem.scale)) not_built("scale must be finite on CUDA");
   const int64_t largest_dim = std::max(problem.head_dim, problem.value_head_dim);
   if (largest_dim > kLargestHeadDim) not_built("head dims above 256 are not built for CUDA");
   require(problem.head_dim > 0 && problem.value_head_dim > 0, "head dims must be positive");
@@ -234,10 +238,12 @@ void forward(const Forward& call) {
 void backward(const Backward& call) {
   const AttentionProblem& problem = call.problem;
   require_supported(problem);
-  if (num_rows_in_all(problem) == 0) throw NotBuilt("adasplash2: gradients of no query rows are not built for CUDA");
+  if (num_heads_in_all(problem) == 0) return;
   require_inputs(problem);
-  require_present(call.gap_mean_v, problem.dtype, "gap_mean_v");
-  require_present(call.grad_out, problem.dtype, "grad_out");
+  if (problem.num_queries > 0) {
+    require_present(call.gap_mean_v, problem.dtype, "gap_mean_v");
+    require_present(call.grad_out, problem.dtype, "grad_out");
+  }
   require_aligned(call.grad_query, problem.dtype, "grad_query");
   require_aligned(call.grad_key, problem.dtype, "grad_key");
   require_aligned(call.grad_value, problem.dtype, "grad_value");
@@ -249,8 +255,10 @@ void backward(const Backward& call) {
   workspace.column_mask = reinterpret_cast<uint32_t*>(bytes);
 
   const Passes passes = find_passes(problem, path_of(call));
-  passes.delta(call, workspace);
-  if (call.grad_query.data != nullptr) passes.grad_query(call, workspace);
+  if (problem.num_queries > 0) {
+    passes.delta(call, workspace);
+    if (call.grad_query.data != nullptr) passes.grad_query(call, workspace);
+  }
   if (problem.num_keys > 0 && (call.grad_key.data != nullptr || call.grad_value.data != nullptr)) {
     passes.grad_key_value(call, workspace);
   }

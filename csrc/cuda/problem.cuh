@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "math/entmax.h"
@@ -31,9 +32,15 @@ __device__ __forceinline__ float head_alpha(const AttentionProblem& problem, int
   return static_cast<float>(problem.alpha_heads[batch * problem.alpha_stride_batch + head * problem.alpha_stride_head]);
 }
 
+// sigma, but never so small that scores lose their unit: 2^-100 makes them all equal as 0 does.
+__device__ __forceinline__ float score_scale(const AttentionProblem& problem) {
+  const float scale = static_cast<float>(problem.scale);
+  return copysignf(fmaxf(fabsf(scale), 0x1p-100f), scale);
+}
+
 // z = score_to_z * <q, k>
 __device__ __forceinline__ float score_to_z(const AttentionProblem& problem, float alpha) {
-  return (alpha - 1.0f) * static_cast<float>(problem.scale);
+  return (alpha - 1.0f) * score_scale(problem);
 }
 
 // Index of a row in a contiguous (B, H, Nq) tensor.

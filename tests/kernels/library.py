@@ -252,6 +252,7 @@ def forward(
     scale: float | None = None,
     alpha: float | Tensor = 1.5,
     key_lengths: Tensor | None = None,
+    attn_mask: Tensor | None = None,
     seed: int = 0,
 ) -> Run:
     """(B, H, N, D) tensors whose rows are 16-byte aligned. All outputs start as NaN."""
@@ -274,6 +275,10 @@ def forward(
     if key_lengths is not None:
         inputs["key_lengths"] = key_lengths.to(torch.int64)
         problem.key_lengths = inputs["key_lengths"].data_ptr()
+    if attn_mask is not None:
+        inputs["attn_mask"] = attn_mask
+        full = attn_mask.expand(batch, heads, num_queries, num_keys)
+        problem.mask = Mask(attn_mask.data_ptr(), _DTYPES[attn_mask.dtype], *full.stride())
 
     groups, tiles = -(-num_queries // 16), -(-num_keys // 64)
     out_shape = (batch, heads, num_queries, value_head_dim)
@@ -368,10 +373,7 @@ def attention(
     **options: Any,
 ) -> Any:  # fmt: skip
     """`adasplash2.entmax_attention` on the kernels. Inputs stay as they are: strides, slices, poison around them."""
-    if isinstance(options.get("key_lengths"), Tensor):
-        options["key_lengths"] = options["key_lengths"].to(device())
-    if isinstance(options.get("alpha"), Tensor):
-        options["alpha"] = options["alpha"].to(device())
+    options = {name: t.to(device()) if isinstance(t, Tensor) else t for name, t in options.items()}
     run_forward = functools.partial(forward, build(), seed=seed, **options)
     out = _Attention.apply(run_forward, seed, query, key, value)
     if not return_aux:

@@ -1,8 +1,10 @@
-// Backward, first: delta_i = <grad_out_i, gap_mean_v_i>, (B, H, Nq) float. One warp a row; rows outermost in the grid.
+// Backward, first: delta_i = <grad_out_i, gap_mean_v_i>, (B, H, Nq) float, 0 for a row whose tau is NaN: it must not
+// reach the gradients of keys. One warp a row; rows outermost in the grid.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/config.h"
@@ -15,6 +17,7 @@ struct DeltaParams {
   AttentionProblem problem;
   Rows grad_out;
   Rows gap_mean_v;
+  const float* tau;
   float* delta;
 };
 
@@ -33,7 +36,8 @@ __global__ void __launch_bounds__(kDeltaWarps* kWarpSize) delta_kernel(const Del
     sum += static_cast<float>(g_grad_out[col]) * static_cast<float>(g_mean[col]);
   }
   sum = warp_sum(sum);
-  if (lane == 0) params.delta[row_index(problem, batch, head, row)] = sum;
+  const int64_t index = row_index(problem, batch, head, row);
+  if (lane == 0) params.delta[index] = std::isnan(params.tau[index]) ? 0.0f : sum;
 }
 
 }  // namespace adasplash2::cuda

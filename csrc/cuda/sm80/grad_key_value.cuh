@@ -11,6 +11,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 #include <dynamic_smem.cuh>
 
@@ -21,6 +22,7 @@
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/score_mask.cuh"
 #include "cuda/tile/tile_copy.cuh"
 #include "math/block_mask.h"
 #include "math/entmax.h"
@@ -68,6 +70,24 @@ class LiveQueryBlocks {
   int row_begin_ = 0;
   uint32_t bits_ = 0;
 };
+
+// A row whose tau is NaN has no probabilities, but its query, and most likely its gradient, are NaN, and 0 * NaN is not
+// 0. So that it leaves the keys alone, what it brought to shared memory is cleared.
+template <int kRows>
+__device__ __forceinline__ bool any_is_nan(const float* s_tau) {
+  bool is_any = false;
+#pragma unroll
+  for (int row = lane_id(); row < kRows; row += kWarpSize) is_any |= std::isnan(s_tau[row]);
+  return __any_sync(kAllLanes, is_any);
+}
+
+template <int kRows, int kCols, int kThreads>
+__device__ __forceinline__ void clear_rows_where_nan(uint8_t* s_tile, const float* s_tau) {
+  constexpr int kRowWords = SwizzledTile<kCols>::kRowBytes / 4;
+  for (int i = threadIdx.x; i < kRows * kRowWords; i += kThreads) {
+    if (std::isnan(s_tau[i / kRowWords])) reinterpret_cast<uint32_t*>(s_tile)[i] = 0;
+  }
+}
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
 __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
@@ -141,7 +161,7 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
   float grad_key[kFragmentsGrad][4], grad_value[kFragmentsGrad][4];
   clear(grad_key);
   clear(grad_value);
-  bool has_block = blocks.next();
+  bool has_block = num_rows > 0 && blocks.next();
   if (has_block) copy(0);
   ptx::cp_async_commit();
   for (int stage = 0; has_block; stage ^= 1) {
@@ -155,6 +175,13 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
     const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
     const Entmax<kKind> entmax{alpha};
     const float* s_block_tau = s_stats + stage * Config::kBlockM;
+    if (any_is_nan<Config::kBlockM>(s_block_tau)) {
+      clear_rows_where_nan<Config::kBlockM, kHeadDim, Config::kThreads>(
+          smem + 2 * Config::kKeyBytes + stage * kStageBytes, s_block_tau);
+      clear_rows_where_nan<Config::kBlockM, kHeadDim, Config::kThreads>(
+          smem + 2 * Config::kKeyBytes + Config::kQueryBytes + stage * kStageBytes, s_block_tau);
+      __syncthreads();
+    }
     const float* s_block_delta = s_block_tau + Config::kStages * Config::kBlockM;
     // No pair of the block is masked where its first row sees the tile's last key and its last row is not padding.
     const bool is_edge =
@@ -162,6 +189,18 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
 
     float prob[kFragmentsM][4], weight[kFragmentsM][4];  // transposed: 16 keys x kBlockM queries
     multiply_transposed<Element, kHeadDim>(weight, key, s_query + stage * kStageBytes);
+    if (problem.mask.data != nullptr) {
+      const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
+#pragma unroll
+      for (int n = 0; n < kFragmentsM; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int row = row_begin + n * kMmaN + accumulator_col(lane, e % 2);
+          if (row < first_row[e / 2] || row >= num_rows) continue;
+          weight[n][e] = mask.apply(weight[n][e], row, warp_key + accumulator_row(lane, e / 2));
+        }
+      }
+    }
     bool is_live = false;
 #pragma unroll
     for (int n = 0; n < kFragmentsM; ++n) {

@@ -22,6 +22,7 @@
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/live_tiles.cuh"
 #include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/score_mask.cuh"
 #include "cuda/tile/tile_copy.cuh"
 #include "math/block_mask.h"
 #include "math/entmax.h"
@@ -121,6 +122,10 @@ __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlock
 
     float weight[kFragmentsN][4];
     multiply_transposed<Element, kHeadDim>(weight, query, s_key + stage * kStageBytes);
+    if (problem.mask.data != nullptr) {
+      const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
+      mask.apply_to(weight, warp_row, key_begin, visible[0], visible[1]);
+    }
     bool is_live = false;
 #pragma unroll
     for (int n = 0; n < kFragmentsN; ++n) {

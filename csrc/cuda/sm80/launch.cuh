@@ -46,7 +46,7 @@ struct Instance {
 
   static void delta(const Backward& call, const BackwardWorkspace& workspace) {
     const AttentionProblem& problem = call.problem;
-    const DeltaParams params{problem, call.grad_out, call.gap_mean_v, workspace.delta};
+    const DeltaParams params{problem, call.grad_out, call.gap_mean_v, call.tau, workspace.delta};
     launch_kernel(delta_kernel<Element>,
                   grid_of(problem, ceil_div<int64_t>(problem.num_queries, kDeltaWarps), problem.num_heads),
                   dim3(kDeltaWarps * kWarpSize), 0, stream_of(call.stream), params);
@@ -68,10 +68,12 @@ struct Instance {
     const AttentionProblem& problem = call.problem;
     const cudaStream_t stream = stream_of(call.stream);
     const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
-    launch_kernel(
-        mask_transpose_kernel,
-        dim3(static_cast<unsigned>(problem.batch * problem.num_heads), shape.group_words(), shape.key_words()),
-        dim3(kWarpSize), 0, stream, MaskTransposeParams{shape, call.block_mask, workspace.column_mask});
+    if (problem.num_queries > 0) {
+      launch_kernel(
+          mask_transpose_kernel,
+          dim3(static_cast<unsigned>(problem.batch * problem.num_heads), shape.group_words(), shape.key_words()),
+          dim3(kWarpSize), 0, stream, MaskTransposeParams{shape, call.block_mask, workspace.column_mask});
+    }
     const int64_t largest_dim = problem.head_dim > problem.value_head_dim ? problem.head_dim : problem.value_head_dim;
     const int64_t num_chunks = ceil_div<int64_t>(largest_dim, Config::kGradChunk);
     for_alpha_kind(problem, [&](auto kind) {

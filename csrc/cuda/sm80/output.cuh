@@ -28,6 +28,7 @@
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/live_tiles.cuh"
 #include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/score_mask.cuh"
 #include "cuda/tile/tile_copy.cuh"
 #include "math/block_mask.h"
 #include "math/entmax.h"
@@ -166,6 +167,10 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
   const auto compute_gaps = [&](float (&gap)[kFragmentsN][4], int tile, int stage, int first_key) {
     multiply_transposed<Element, kHeadDim>(gap, query, s_key + stage * kKeyStageBytes + first_key * kHeadDim * 2);
     const int key_begin = tile * Config::kBlockN + first_key;
+    if (problem.mask.data != nullptr) {
+      const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
+      mask.apply_to(gap, warp_row, key_begin, rows.visible[0], rows.visible[1]);
+    }
     return scores_to_gaps(gap, rows, to_z, key_begin, key_begin + Config::kKeysPerStep > unmasked_end);
   };
   const auto add_key = [&](RowSums& sums, float gap, float weight) {

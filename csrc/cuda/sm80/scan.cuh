@@ -24,6 +24,7 @@
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/tile/fragment.cuh"
 #include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/score_mask.cuh"
 #include "cuda/tile/tile_copy.cuh"
 #include "math/block_mask.h"
 #include "math/histogram.h"
@@ -277,7 +278,8 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
 
   const float alpha = head_alpha(problem, batch, head);
   RowBounds<kHeadDim, kKind> bounds;
-  bounds.init(warp, s_histograms, s_hits, s_snapshots, score_to_z(problem, alpha), alpha);
+  const float scale = score_scale(problem);
+  bounds.init(warp, s_histograms, s_hits, s_snapshots, (alpha - 1.0f) * fabsf(scale), alpha);
   int visible[Config::kRowsPerLane];  // keys that the row sees
 #pragma unroll
   for (int r = 0; r < Config::kRowsPerLane; ++r) {
@@ -294,6 +296,10 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) query[i].load(s_key, warp * Config::kRowsPerWarp + i * kMmaM);
   __syncthreads();
+  if (scale < 0.0f) {  // scores must grow with z
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; ++i) query[i].negate();
+  }
 
   const auto copy_keys = [&](int step, int stage) {
     if (step < num_tiles) {
@@ -358,7 +364,7 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
       }
     }
 
-    // Phase 4, tiles at an edge only: keys that a row does not see score -inf.
+    // Phase 4: keys that a row does not see score -inf; looked for in tiles at an edge only, and in masks.
     const int key_begin = tile * Config::kBlockN;
     if (key_begin + Config::kBlockN > unmasked_end) {
 #pragma unroll
@@ -371,6 +377,14 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
             if (col >= visible[2 * i + e / 2]) score[i][n][e] = -INFINITY;
           }
         }
+      }
+    }
+
+    if (problem.mask.data != nullptr) {
+      const ScoreMask<Element> mask(problem.mask, batch, head, fabsf(scale));
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i) {
+        mask.apply_to(score[i], warp_row + i * kMmaM, key_begin, visible[2 * i], visible[2 * i + 1]);
       }
     }
 

@@ -80,6 +80,13 @@ struct RowFragments {
 #pragma unroll
     for (int i = 0; i < 4; ++i) fragment[i] = a[k][i];
   }
+  __device__ __forceinline__ void negate() {
+#pragma unroll
+    for (int k = 0; k < kCols / kMmaK; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[k][i] ^= 0x80008000u;
+    }
+  }
 };
 
 // The same, left in shared memory and read again at each use: for head dims that registers cannot hold.
