@@ -119,6 +119,7 @@ def test_batches_and_scale():
     check_case("gaussian", Shape(3, 2, 70, 65), seed=1, scale=0.31)
 
 
+@only_sm80
 @pytest.mark.parametrize("scale", [-0.2, -3.0, 0.0, 1e-40])
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_scales_that_are_not_positive(scale, head_dim):
@@ -126,6 +127,7 @@ def test_scales_that_are_not_positive(scale, head_dim):
     check_case("gaussian", Shape(1, 1, 70, 130, head_dim), seed=2, scale=scale, is_causal=head_dim == 256)
 
 
+@only_sm80
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("mask_shape", [(2, 4, 70, 150), (70, 150), (2, 1, 1, 150), (4, 70, 1), (2, 1, 70, 1)])
 @pytest.mark.parametrize("kind", ["bool", "float"])
@@ -143,6 +145,7 @@ def test_attn_mask(kind, mask_shape, head_dim):
     )
 
 
+@only_sm80
 def test_attn_mask_of_any_strides():
     query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 2, 70, 90), BF16)
     mask = torch.randn(1, 2, 70, 90).to(BF16)
@@ -151,6 +154,7 @@ def test_attn_mask_of_any_strides():
         check(library.attention, *tensors, grad_out, attn_mask=cases.poisoned(mask, layout), scale=-0.3)
 
 
+@only_sm80
 @pytest.mark.parametrize("lengths", [torch.tensor([0, 65]), torch.tensor([90, 30])])
 def test_attn_mask_with_lengths_and_large_values(lengths):
     """What models add for masked keys, finite but far below any score, beside lengths; and one mask of zeros."""

@@ -104,6 +104,22 @@ def test_alphas(alpha):
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.bool, BF16])
+@pytest.mark.parametrize("mask_shape", [(2, 4, 130, 200), (130, 200), (2, 1, 1, 200), (4, 130, 1)])
+def test_attn_mask(mask_shape, dtype):
+    tensors = cases.inputs("gaussian", Shape(2, 4, 130, 200), BF16)
+    mask = torch.rand(mask_shape) < 0.7 if dtype == torch.bool else torch.randn(mask_shape).to(BF16)
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3], attn_mask=mask)
+
+
+@on_gpu
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales(scale):
+    tensors = cases.inputs("gaussian", Shape(2, 2, 130, 200), BF16)
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3], scale=scale, is_causal=True)
+
+
+@on_gpu
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_heads(kv_heads):
     tensors = cases.inputs("gaussian", Shape(2, 8, 130, 200, kv_heads=kv_heads), BF16)
@@ -165,18 +181,28 @@ def test_aux(num_queries, is_causal, lengths):
 
 @on_gpu
 @pytest.mark.parametrize("lengths", [None, torch.tensor([0, 1, 64, 200, 300])])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("masking", ["none", "causal", "bool", "keys", "float"])
 @pytest.mark.parametrize("num_queries", [300, 130, 1000])
-def test_unmasked_tiles(num_queries, is_causal, lengths):
+def test_unmasked_tiles(num_queries, masking, lengths):
     """Bit 0 of the block mask, against the mask itself reduced over tiles."""
+    is_causal, attn_mask = masking == "causal", None
+    if masking in ("bool", "float"):
+        attn_mask = torch.rand(1, 1, num_queries, 300) < 2e-4
+    elif masking == "keys":
+        attn_mask = torch.rand(5, 1, 1, 300) < 0.01
+    if masking == "float":
+        attn_mask = torch.zeros(attn_mask.shape, dtype=BF16).masked_fill(~attn_mask, -torch.inf)
     batch, num_keys = 5, 300
     query, key, value, _ = (t.cuda() for t in cases.inputs("gaussian", Shape(batch, 1, num_queries, num_keys), BF16))
     *_, block_mask = torch.ops.adasplash2.attention(
-        query, key, value, None, None if lengths is None else lengths.cuda(), None, 1.5, 0.125, is_causal, True
-    )
+        query, key, value, None if attn_mask is None else attn_mask.cuda(),
+        None if lengths is None else lengths.cuda(), None, 1.5, 0.125, is_causal, True,
+    )  # fmt: skip
     seen = torch.ones(batch, 1, num_queries, num_keys, dtype=torch.bool)
     if is_causal:
         seen = seen.tril(num_keys - num_queries)
+    if attn_mask is not None:
+        seen = seen & (attn_mask if attn_mask.dtype == torch.bool else attn_mask == 0)
     if lengths is not None:
         seen = seen & (torch.arange(num_keys) < lengths[:, None, None, None])
         if num_queries == num_keys:
@@ -362,8 +388,7 @@ def test_entmax_opcheck():
 @pytest.mark.parametrize(
     "option, change",
     [
-        ("attn_mask", {"attn_mask": torch.ones(70, 90, dtype=torch.bool)}),
-        ("scale", {"scale": -1.0}),
+        ("gradient of attn_mask", {"attn_mask": torch.zeros(70, 90, dtype=BF16, requires_grad=True)}),
         ("gradient of alpha", {"alpha": torch.tensor(1.5, requires_grad=True)}),
     ],
 )

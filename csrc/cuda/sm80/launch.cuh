@@ -26,7 +26,8 @@ struct Instance {
     for_alpha_kind(problem, [&](auto kind) {
       // The scan needs the power function in its solve only: alpha = 2 takes the general one.
       constexpr AlphaKind kKind = kind == AlphaKind::kOneAndHalf ? kind() : AlphaKind::kGeneral;
-      launch_kernel(scan_kernel<Element, kHeadDim, kKind>,
+      launch_kernel(problem.mask.data == nullptr ? scan_kernel<Element, kHeadDim, kKind, false>
+                                                 : scan_kernel<Element, kHeadDim, kKind, true>,
                     grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
                     dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream), scan_params(call, workspace));
     });
@@ -56,7 +57,8 @@ struct Instance {
     using Config = GradQueryConfig<kHeadDim>;
     const AttentionProblem& problem = call.problem;
     for_alpha_kind(problem, [&](auto kind) {
-      launch_kernel(grad_query_kernel<Element, kHeadDim, kind()>,
+      launch_kernel(problem.mask.data == nullptr ? grad_query_kernel<Element, kHeadDim, kind(), false>
+                                                 : grad_query_kernel<Element, kHeadDim, kind(), true>,
                     grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
                     dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream),
                     grad_params(call, workspace, call.block_mask));

@@ -242,7 +242,8 @@ __device__ __forceinline__ bool is_time_to_solve(int num_tiles_done) {
   return num_tiles_done < 16 ? (num_tiles_done & (num_tiles_done - 1)) == 0 : num_tiles_done % 16 == 0;
 }
 
-template <typename Element, int kHeadDim, AlphaKind kKind>
+// NOTE: masks have an instance of their own: reading them takes registers that the others have no room for.
+template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasMask>
 __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
     scan_kernel(const ScanParams params) {
   using Config = ScanConfig<kHeadDim>;
@@ -380,7 +381,7 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
       }
     }
 
-    if (problem.mask.data != nullptr) {
+    if constexpr (kHasMask) {
       const ScoreMask<Element> mask(problem.mask, batch, head, fabsf(scale));
 #pragma unroll
       for (int i = 0; i < kFragmentsM; ++i) {
