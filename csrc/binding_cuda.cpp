@@ -156,7 +156,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
     const Tensor& tau, const Tensor& support_size, const Tensor& support, double alpha, double scale, bool is_causal,
     std::array<bool, 5> wanted) {
   TORCH_CHECK_NOT_IMPLEMENTED(!wanted[3], "adasplash2: the gradient of attn_mask is not built for CUDA");
-  TORCH_CHECK_NOT_IMPLEMENTED(!wanted[4], "adasplash2: the gradient of alpha is not built for CUDA");
   const c10::DeviceGuard guard(query.device());
   cuda::Backward call;
   AttentionProblem& problem = call.problem;
@@ -189,6 +188,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
   if (wanted[0]) call.grad_query = rows(grad_query);
   if (wanted[1]) call.grad_key = rows(grad_key);
   if (wanted[2]) call.grad_value = rows(grad_value);
+  Tensor grad_alpha = at::empty({0}, query.options().dtype(at::kDouble));
+  if (wanted[4]) {
+    grad_alpha = at::empty({problem.batch, problem.num_heads}, grad_alpha.options());
+    call.grad_alpha = grad_alpha.data_ptr<double>();
+  }
   call.workspace = workspace.data_ptr();
   call.stream = current_stream(query);
   translate_errors([&] {
@@ -199,8 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
     return is_wanted ? unpadded_rows(gradient, like.size(3)) : gradient;
   };
   return {unpadded(grad_query, query, wanted[0]), unpadded(grad_key, key, wanted[1]),
-          unpadded(grad_value, value, wanted[2]), at::empty({0}, query.options()),
-          at::empty({0}, query.options().dtype(at::kDouble))};
+          unpadded(grad_value, value, wanted[2]), at::empty({0}, query.options()), grad_alpha};
 }
 
 Tensor entmax_forward_cuda(const Tensor& x, double alpha, const OptionalTensor& alpha_slices, int64_t dim) {

@@ -110,6 +110,27 @@ def test_alpha_of_each_head():
     check_case("gaussian", Shape(2, 2, 70, 90), seed=2, alpha=alpha[:, :1])
 
 
+@only_sm80
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("alphas", [[1.5], [1.25, 1.9], [[1.1, 1.6], [1.4, 2.0]]])
+def test_gradient_of_alpha(alphas, head_dim):
+    """A number for all, one of each head, one of each head and sequence; with rows that are masked or that are NaN."""
+    shape = Shape(2, 2, 70, 90, head_dim)
+    alpha = torch.tensor(alphas, dtype=torch.float64, requires_grad=True)
+    check_case("gaussian", shape, seed=2, alpha=alpha, is_causal=True)
+    mask = torch.randn(1, 1, 70, 90).masked_fill(torch.rand(70, 90) < 0.3, -torch.inf).to(BF16)
+    check_case("gaussian", shape, seed=3, alpha=alpha, attn_mask=mask, key_lengths=torch.tensor([90, 40]))
+    query, key, value, grad_out = cases.inputs("sparse", shape, BF16)
+    (clean,) = torch.autograd.grad(
+        library.attention(query[:, :, 1:], key, value, alpha=alpha), alpha, grad_out[:, :, 1:]
+    )
+    query[:, :, 0], grad_out[:, :, 0] = torch.nan, torch.nan
+    runs = [library.attention(query, key, value, alpha=alpha, seed=seed) for seed in SEEDS]
+    grads = [torch.autograd.grad(out, alpha, grad_out)[0] for out in runs]
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    torch.testing.assert_close(grads[0], clean)
+
+
 @pytest.mark.parametrize("kv_heads", [8, 4, 1])
 def test_grouped_heads(kv_heads):
     check_case("gaussian", Shape(1, 8, 65, 70, kv_heads=kv_heads), seed=kv_heads, is_causal=kv_heads == 4)

@@ -104,6 +104,14 @@ def test_alphas(alpha):
 
 
 @on_gpu
+@pytest.mark.parametrize("alphas", [1.4, [1.5, 1.2, 1.9, 1.6]])
+def test_gradient_of_alpha(alphas):
+    tensors = cases.inputs("gaussian", Shape(2, 4, 130, 200), BF16)
+    alpha = torch.tensor(alphas, requires_grad=True)
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3], alpha=alpha)
+
+
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bool, BF16])
 @pytest.mark.parametrize("mask_shape", [(2, 4, 130, 200), (130, 200), (2, 1, 1, 200), (4, 130, 1)])
 def test_attn_mask(mask_shape, dtype):
@@ -389,7 +397,6 @@ def test_entmax_opcheck():
     "option, change",
     [
         ("gradient of attn_mask", {"attn_mask": torch.zeros(70, 90, dtype=BF16, requires_grad=True)}),
-        ("gradient of alpha", {"alpha": torch.tensor(1.5, requires_grad=True)}),
     ],
 )
 def test_options_that_are_not_built(option, change):

@@ -151,7 +151,8 @@ int64_t forward_workspace_bytes(const AttentionProblem& problem) {
 }
 
 int64_t backward_workspace_bytes(const AttentionProblem& problem) {
-  return align_up(num_rows_in_all(problem) * int64_t(sizeof(float))) + align_up(column_mask_bytes(problem));
+  const int64_t row_bytes = align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
+  return row_bytes + align_up(column_mask_bytes(problem)) + (problem.alpha_heads == nullptr ? 0 : row_bytes);
 }
 
 void require_supported(const AttentionProblem& problem) {
@@ -247,12 +248,15 @@ void backward(const Backward& call) {
   require_aligned(call.grad_query, problem.dtype, "grad_query");
   require_aligned(call.grad_key, problem.dtype, "grad_key");
   require_aligned(call.grad_value, problem.dtype, "grad_value");
+  require(call.grad_alpha == nullptr || problem.alpha_heads != nullptr, "only a tensor alpha has a gradient");
 
   uint8_t* bytes = static_cast<uint8_t*>(call.workspace);
   BackwardWorkspace workspace;
   workspace.delta = reinterpret_cast<float*>(bytes);
   bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
   workspace.column_mask = reinterpret_cast<uint32_t*>(bytes);
+  bytes += align_up(column_mask_bytes(problem));
+  workspace.alpha_rows = reinterpret_cast<float*>(bytes);
 
   const Passes passes = find_passes(problem, path_of(call));
   if (problem.num_queries > 0) {
@@ -262,6 +266,7 @@ void backward(const Backward& call) {
   if (problem.num_keys > 0 && (call.grad_key.data != nullptr || call.grad_value.data != nullptr)) {
     passes.grad_key_value(call, workspace);
   }
+  if (call.grad_alpha != nullptr) passes.grad_alpha(call, workspace);
 }
 
 }  // namespace adasplash2::cuda

@@ -36,6 +36,7 @@ struct Backward {
   Rows grad_query;                       // (B, H, Nq, D), data nullable: not wanted
   Rows grad_key;                         // (B, Hkv, Nk, D), data nullable
   Rows grad_value;                       // (B, Hkv, Nk, Dv), data nullable
+  double* grad_alpha = nullptr;          // (B, H) contiguous, nullable; only where problem.alpha_heads is there
   void* workspace = nullptr;             // backward_workspace_bytes(problem), 16-byte aligned
   void* stream = nullptr;                // cudaStream_t
   Path path = Path::kAuto;

@@ -38,4 +38,12 @@ struct GradParams {
   Rows grad_value;
 };
 
+struct GradAlphaParams {
+  AttentionProblem problem;
+  const float* tau;            // (B, H, Nq) contiguous
+  const uint32_t* block_mask;  // by rows
+  Rows grad_out;
+  float* row_grads;  // (B, H, Nq) contiguous
+};
+
 }  // namespace adasplash2::cuda

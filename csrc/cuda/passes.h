@@ -18,6 +18,7 @@ struct ForwardWorkspace {
 struct BackwardWorkspace {
   float* delta;           // (B, H, Nq)
   uint32_t* column_mask;  // the block mask by columns
+  float* alpha_rows;      // (B, H, Nq), where alpha_heads is there
 };
 
 // On one stream, in the order of the members. The passes of two architectures leave the same things in the same places,
@@ -31,6 +32,7 @@ struct Passes {
   void (*delta)(const Backward&, const BackwardWorkspace&) = nullptr;
   void (*grad_query)(const Backward&, const BackwardWorkspace&) = nullptr;
   void (*grad_key_value)(const Backward&, const BackwardWorkspace&) = nullptr;
+  void (*grad_alpha)(const Backward&, const BackwardWorkspace&) = nullptr;
 };
 
 namespace sm80 {

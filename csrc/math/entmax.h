@@ -95,11 +95,27 @@ struct Entmax {
   }
 };
 
-// <dP, dprob / dalpha> of a row from its sums, h = -p log p: sum p dP, delta = sum w dP / sum w, sum h dP and sum h.
+// The row sums that the gradients need, with h = -p log p; dP is the gradient by prob.
 template <typename Real>
-ADASPLASH2_HOST_DEVICE Real alpha_gradient(Real prob_grad, Real delta, Real entropy_grad, Real entropy, Real alpha) {
-  const Real b = 1 / (alpha - 1);
-  return b * (b * (prob_grad - delta) + (entropy_grad - delta * entropy));
-}
+struct GradSums {
+  Real weight, weight_grad;               // sum w, sum w dP
+  Real prob_grad, entropy, entropy_grad;  // sum p dP, sum h, sum h dP
+
+  ADASPLASH2_HOST_DEVICE void add(Real p, Real w, Real grad, Real h) {
+    weight += w;
+    weight_grad += w * grad;
+    prob_grad += p * grad;
+    entropy += h;
+    entropy_grad += h * grad;
+  }
+
+  ADASPLASH2_HOST_DEVICE Real delta() const { return weight == 0 ? 0 : weight_grad / weight; }
+
+  // <dP, dprob / dalpha>
+  ADASPLASH2_HOST_DEVICE Real by_alpha(Real alpha) const {
+    const Real b = 1 / (alpha - 1);
+    return b * (b * (prob_grad - delta()) + (entropy_grad - delta() * entropy));
+  }
+};
 
 }  // namespace adasplash2

@@ -72,6 +72,7 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = [("problem", Problem), ("tau", ctypes.c_void_p), ("block_mask", ctypes.c_void_p)]
     _fields_ += [(name, Rows) for name in ("gap_mean_v", "grad_out", "grad_query", "grad_key", "grad_value")]
+    _fields_ += [("grad_alpha", ctypes.c_void_p)]
     _fields_ += [("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p), ("path", ctypes.c_int32)]
 
 
@@ -315,6 +316,7 @@ class Gradients:
     query: Tensor
     key: Tensor
     value: Tensor
+    alpha: Tensor | None  # (B, H)
     counters: dict[str, int]
 
 
@@ -331,33 +333,39 @@ def backward(
         f"grad_{name}": _empty_like_poison(inputs[name].shape, grad_out.dtype) for name in ("query", "key", "value")
     }
     workspace = _empty_like_poison((_bytes(library, "backward_workspace_bytes", run.problem),), torch.int8)
+    grad_alpha = _empty_like_poison(inputs["alpha"].shape, torch.float64) if "alpha" in wanted else None
     call = Backward(
         run.problem, run.tau.data_ptr(), run.block_mask_words.data_ptr(), Rows.of(run.gap_mean_v), Rows.of(grad_out),
         *(Rows.of(grad if name.removeprefix("grad_") in wanted else None) for name, grad in grads.items()),
-        workspace.data_ptr(),
+        None if grad_alpha is None else grad_alpha.data_ptr(), workspace.data_ptr(),
         torch.cuda.current_stream().cuda_stream if has_gpu() else None, PATHS.index(path),
     )  # fmt: skip
     tensors = inputs | grads | {
         "grad_out": grad_out, "tau": run.tau, "block_mask": run.block_mask_words, "gap_mean_v": run.gap_mean_v,
         "workspace": workspace,
-    }  # fmt: skip
+    } | ({} if grad_alpha is None else {"grad_alpha": grad_alpha})  # fmt: skip
     counters = library.call("attention_backward", ctypes.byref(call), seed=seed, tensors=tensors)
-    return Gradients(*grads.values(), counters)
+    return Gradients(*grads.values(), grad_alpha, counters)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run_forward: Callable[..., Run], seed: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, run_forward: Callable[..., Run], seed: int, alpha: Any, *tensors: Tensor) -> Tensor:
         query, key, value = (tensor.detach().to(device()) for tensor in tensors)
         ctx.run, ctx.seed, ctx.device = run_forward(query, key, value), seed, tensors[0].device
+        ctx.alpha = alpha
         _Attention.latest = ctx.run
         return ctx.run.out.to(ctx.device)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        grads = backward(build(), ctx.run, grad_out.to(device()).contiguous(), ctx.seed)
+        wanted = ("query", "key", "value") + (("alpha",) if ctx.needs_input_grad[2] else ())
+        grads = backward(build(), ctx.run, grad_out.to(device()).contiguous(), ctx.seed, wanted)
         _Attention.latest_gradients = grads
-        return (None, None, *(grad.to(ctx.device) for grad in (grads.query, grads.key, grads.value)))
+        grad_alpha = None
+        if grads.alpha is not None:
+            grad_alpha = grads.alpha.sum_to_size(ctx.alpha.shape).to(ctx.device, ctx.alpha.dtype)
+        return (None, None, grad_alpha, *(grad.to(ctx.device) for grad in (grads.query, grads.key, grads.value)))
 
     latest: Run
     latest_gradients: Gradients
@@ -373,9 +381,9 @@ def attention(
     **options: Any,
 ) -> Any:  # fmt: skip
     """`adasplash2.entmax_attention` on the kernels. Inputs stay as they are: strides, slices, poison around them."""
-    options = {name: t.to(device()) if isinstance(t, Tensor) else t for name, t in options.items()}
-    run_forward = functools.partial(forward, build(), seed=seed, **options)
-    out = _Attention.apply(run_forward, seed, query, key, value)
+    on_device = {name: t.detach().to(device()) if isinstance(t, Tensor) else t for name, t in options.items()}
+    run_forward = functools.partial(forward, build(), seed=seed, **on_device)
+    out = _Attention.apply(run_forward, seed, options.get("alpha"), query, key, value)
     if not return_aux:
         return out
     run = _Attention.latest

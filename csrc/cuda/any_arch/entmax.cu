@@ -33,7 +33,7 @@ struct ForwardPass {
 struct BackwardPass {
   template <typename Element, AlphaKind kKind>
   static void run(const EntmaxBackward& call, void* stream) {
-    launch(entmax_backward_kernel<Element, kKind>, call, kEntmaxThreads * sizeof(EntmaxGradSums<EntmaxReal<Element>>),
+    launch(entmax_backward_kernel<Element, kKind>, call, kEntmaxThreads * sizeof(GradSums<EntmaxReal<Element>>),
            stream);
   }
 };

@@ -248,12 +248,6 @@ __global__ void __launch_bounds__(kEntmaxThreads, kEntmaxBlocksPerSm)
 
 // ---- backward
 
-template <typename Real>
-struct EntmaxGradSums {
-  Real weight, weight_grad;               // sum w, sum w dP
-  Real prob_grad, entropy, entropy_grad;  // sum p dP, sum h, sum h dP with h = -p log p
-};
-
 template <typename Element, AlphaKind kKind>
 __global__ void __launch_bounds__(kEntmaxThreads, kEntmaxBlocksPerSm)
     entmax_backward_kernel(const EntmaxBackwardParams params) {
@@ -262,7 +256,7 @@ __global__ void __launch_bounds__(kEntmaxThreads, kEntmaxBlocksPerSm)
   const Element* g_prob = static_cast<const Element*>(call.prob);
   const Element* g_grad_prob = static_cast<const Element*>(call.grad_prob);
   Element* g_grad_x = static_cast<Element*>(call.grad_x);
-  EntmaxGradSums<Real>* s_sums = reinterpret_cast<EntmaxGradSums<Real>*>(dynamic_smem());
+  GradSums<Real>* s_sums = reinterpret_cast<GradSums<Real>*>(dynamic_smem());
 
   SliceWorker worker(call, params.teams);
   for (int64_t group = blockIdx.x; group < worker.num_groups(); group += gridDim.x) {
@@ -271,29 +265,22 @@ __global__ void __launch_bounds__(kEntmaxThreads, kEntmaxBlocksPerSm)
     const Entmax<kKind, PrecisePower<Real>> entmax{static_cast<Real>(alpha)};
 
     // Phase 1: sums. A prob of exactly zero passes nothing on; a slice of NaN makes its sums NaN.
-    EntmaxGradSums<Real> sums{};
+    GradSums<Real> sums{};
     worker.for_each_key([&](int64_t at) {
       const Real prob = static_cast<Real>(g_prob[at]);
       if (prob == 0) return;
       const Real weight = entmax.weight_of_prob(prob), grad = static_cast<Real>(g_grad_prob[at]);
-      sums.weight += weight;
-      sums.weight_grad += weight * grad;
-      if (call.grad_alpha == nullptr) return;
-      const Real entropy = -prob * std::log(prob);
-      sums.prob_grad += prob * grad;
-      sums.entropy += entropy;
-      sums.entropy_grad += entropy * grad;
+      sums.add(prob, weight, grad, call.grad_alpha == nullptr ? Real(0) : -prob * std::log(prob));
     });
-    sums = worker.reduce(s_sums, sums, [](const EntmaxGradSums<Real>& a, const EntmaxGradSums<Real>& b) {
-      return EntmaxGradSums<Real>{a.weight + b.weight, a.weight_grad + b.weight_grad, a.prob_grad + b.prob_grad,
-                                  a.entropy + b.entropy, a.entropy_grad + b.entropy_grad};
+    sums = worker.reduce(s_sums, sums, [](const GradSums<Real>& a, const GradSums<Real>& b) {
+      return GradSums<Real>{a.weight + b.weight, a.weight_grad + b.weight_grad, a.prob_grad + b.prob_grad,
+                            a.entropy + b.entropy, a.entropy_grad + b.entropy_grad};
     });
-    const Real delta = sums.weight == 0 ? Real(0) : sums.weight_grad / sums.weight;
+    const Real delta = sums.delta();
 
     // Phase 2: the gradients.
     if (call.grad_alpha != nullptr && worker.member == 0 && worker.index >= 0) {
-      call.grad_alpha[worker.index] =
-          alpha_gradient<double>(sums.prob_grad, delta, sums.entropy_grad, sums.entropy, alpha);
+      call.grad_alpha[worker.index] = sums.by_alpha(static_cast<Real>(alpha));
     }
     if (g_grad_x == nullptr) continue;
     worker.for_each_key([&](int64_t at) {

@@ -7,9 +7,11 @@
 
 #include "cuda/any_arch/delta.cuh"
 #include "cuda/any_arch/mask_transpose.cuh"
+#include "cuda/any_arch/row_sum.cuh"
 #include "cuda/config.h"
 #include "cuda/launch_pass.cuh"
 #include "cuda/passes.h"
+#include "cuda/sm80/grad_alpha.cuh"
 #include "cuda/sm80/grad_key_value.cuh"
 #include "cuda/sm80/grad_query.cuh"
 #include "cuda/sm80/output.cuh"
@@ -85,8 +87,23 @@ struct Instance {
     });
   }
 
+  static void grad_alpha(const Backward& call, const BackwardWorkspace& workspace) {
+    using Config = GradQueryConfig<kHeadDim>;
+    const AttentionProblem& problem = call.problem;
+    const cudaStream_t stream = stream_of(call.stream);
+    if (problem.num_queries > 0) {
+      launch_kernel(grad_alpha_kernel<Element, kHeadDim>,
+                    grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
+                    dim3(Config::kThreads), Config::kSmemBytes, stream,
+                    GradAlphaParams{problem, call.tau, call.block_mask, call.grad_out, workspace.alpha_rows});
+    }
+    launch_kernel(row_sum_kernel, dim3(static_cast<unsigned>(problem.batch * problem.num_heads)), dim3(kRowSumThreads),
+                  kRowSumThreads * sizeof(double), stream,
+                  RowSumParams{problem.num_queries, workspace.alpha_rows, call.grad_alpha});
+  }
+
   static constexpr Passes passes(DataType dtype) {
-    return {dtype, kHeadDim, nullptr, scan, output, delta, grad_query, grad_key_value};
+    return {dtype, kHeadDim, nullptr, scan, output, delta, grad_query, grad_key_value, grad_alpha};
   }
 };
 
