@@ -1,0 +1,528 @@
+// Pass A, the scan, on Hopper: one dense pass over the keys by wgmma, TMA and specialised warps (docs/kernels.md,
+// "Hopper: scan").
+//
+//   in   query (B, H, Nq, D), key (B, Hkv, Nk, D)
+//   out  tau_lower (B, H, Nq) float, in units of z; +inf for a row without keys, NaN for a row with a NaN or +inf score
+//        is_coarse (B, H, Nq) uint8, 1 for every row with a tau: the bound is within a fraction of the mean gap, and the
+//        output pass refines it on the live tiles
+//        block_mask (rows, see block_mask.h): 0 where no score of the tile exceeds a lower bound of its row's tau
+//   own  tile_excess (B, H, row groups, key tiles) uint16
+//
+// Grid (blocks of kBlockM rows, H, B). One thread keeps a ring of key tiles full; each of three warpgroups owns 64 rows,
+// whose queries stay in registers. A warp owns 16 rows, one group of the mask, and meets the others at the ring only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <cstdint>
+#include <dynamic_smem.cuh>
+
+#include "cuda/problem.cuh"
+#include "cuda/ptx/fence.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/max.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/shared_address.cuh"
+#include "cuda/sm80/scan.cuh"
+#include "cuda/sm90/ring.cuh"
+#include "cuda/sm90/smem_tile.cuh"
+#include "cuda/sm90/warpgroup.cuh"
+#include "cuda/tile/row_reduce.cuh"
+#include "math/block_mask.h"
+#include "math/norm_line.h"
+
+namespace adasplash2::cuda::sm90 {
+
+template <int kHeadDim>
+struct ScanConfig {
+  static constexpr int kConsumers = 3;  // warpgroups
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+  static constexpr int kBlockM = kConsumers * kWgmmaM;
+  static constexpr int kBlockN = 128;
+  static constexpr int kMaskTiles = kBlockN / kMaskKeys;
+  static constexpr int kStages = kHeadDim <= 64 ? 6 : 4;
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kConsumerRegisters = 160;
+
+  static constexpr int kRowsPerWarp = kMaskRows;
+  static constexpr int kRowsPerLane = 2;
+  // Thresholds are remembered before the first tile and after tiles 1, 2, 4, 8, ...
+  static constexpr int kSnapshots = 14;
+  static_assert(kMaxKeys / kBlockN <= int64_t(1) << (kSnapshots - 1), "the last tile needs a snapshot before it");
+
+  using KeyTile = SmemTile<kBlockN, kHeadDim>;
+  using QueryTile = SmemTile<kWgmmaM, kHeadDim>;
+
+  // Shared memory: key ring | queries | snapshots | barriers.
+  static constexpr int kQueryOffset = kStages * KeyTile::kBytes;
+  static constexpr int kSnapshotOffset = kQueryOffset + kConsumers * QueryTile::kBytes;
+  static constexpr int kBarrierOffset = kSnapshotOffset + kSnapshots * kBlockM * 4;
+  static constexpr int kSmemBytes = kBarrierOffset + 8 + Ring<kStages>::kBarrierBytes;
+};
+
+struct ScanParams {
+  TensorMap query;  // boxes of 64 rows
+  TensorMap key;    // boxes of kBlockN rows
+  AttentionProblem problem;
+  float* tau_lower;
+  uint8_t* is_coarse;
+  uint32_t* block_mask;
+  uint16_t* tile_excess;
+};
+
+// The larger one as signed integers: for float bits the larger number where one of them is not negative; the
+// canonical NaN is larger than all.
+__device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
+
+// The scores of 16 rows and kBlockN keys: of a lane, 2 rows.
+template <int kHeadDim>
+using ScoreTile = float[ScanConfig<kHeadDim>::kBlockN / 2];
+
+// The maxima of a lane's rows over its columns in the mask tiles of a key tile.
+template <int kHeadDim>
+using TileMaxima = float[ScanConfig<kHeadDim>::kMaskTiles][ScanConfig<kHeadDim>::kRowsPerLane];
+
+// What a warp knows of its 16 rows so far. All in units of the score. A lane keeps the two rows of its quad; `sums` are
+// of the keys in its own columns, the rest is the same in the four lanes.
+template <int kHeadDim, AlphaKind kKind>
+struct RowBounds {
+  using Config = ScanConfig<kHeadDim>;
+  static constexpr int kRows = Config::kRowsPerLane;
+
+  float* s_snapshots;  // [kSnapshots][kRowsPerWarp], thresholds as they were
+  float to_z, from_z;
+  Entmax<kKind> entmax;
+
+  float threshold[kRows];  // at or below tau, so only scores above it can matter; +inf: the row takes no key
+  int bits_bound[kRows];   // float bits below it are at or below the threshold; INT_MIN for a negative threshold
+  float point[kRows];      // where the sums are taken: near the tau that is expected; -inf before the first key
+  TailSums sums[kRows];
+
+  __device__ __forceinline__ void init(float* s_snapshots_, float to_z_, float alpha) {
+    s_snapshots = s_snapshots_;
+    to_z = to_z_;
+    from_z = 1.0f / to_z_;
+    entmax.alpha = alpha;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      set_threshold(r, -INFINITY);
+      point[r] = -INFINITY;
+    }
+  }
+
+  static __device__ __forceinline__ int row_in_warp(int lane, int r) { return lane / 4 + 8 * r; }
+
+  __device__ __forceinline__ void set_threshold(int r, float value) {
+    threshold[r] = value;
+    bits_bound[r] = value >= 0.0f ? __float_as_int(fabsf(value)) + 1 : INT_MIN;
+  }
+  // No key can matter to the row any more: it has none, or a score that is NaN or +inf.
+  __device__ __forceinline__ void close(int r) {
+    set_threshold(r, INFINITY);
+    point[r] = INFINITY;
+    sums[r] = {};
+  }
+  // A bound, less the rounding of what it was computed from.
+  __device__ __forceinline__ void raise_threshold(int r, float bound) {
+    const float slack = fabsf(bound) * 0x1p-21f + from_z * 0x1p-20f;
+    set_threshold(r, fmaxf(threshold[r], bound - slack));
+  }
+
+  // A NaN is a hit: it must be seen.
+  __device__ __forceinline__ bool is_hit(int r, float score) const { return !(score <= threshold[r]); }
+  // May a score with these bits be a hit? Exact where the threshold is not negative, always true where it is.
+  __device__ __forceinline__ bool may_be_hit(int r, int bits) const { return bits >= bits_bound[r]; }
+
+  __device__ __forceinline__ void move(int r, float new_point) {
+    sums[r] = moved(entmax, sums[r], new_point - point[r]);
+    point[r] = new_point;
+  }
+
+  // The sums of lane and tile columns [kBegin, kEnd) at the points, beside what is there.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void add(TailSums (&to)[kRows], const ScoreTile<kHeadDim>& score) const {
+    constexpr int kChains = 2;  // independent additions
+    TailSums partial[kRows][kChains];
+#pragma unroll
+    for (int i = kBegin / 2; i < kEnd / 2; i += 4) {
+      if constexpr (kKind == AlphaKind::kGeneral) {  // powers are dear: only where the warp has a gap
+        bool has_gap = false;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) has_gap |= score[i + e] > point[e / 2];
+        if (!__any_sync(kAllLanes, has_gap)) continue;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float gap = fmaxf(score[i + e] - point[e / 2], 0.0f);
+        const float weight = entmax.weight(gap);
+        TailSums& sum = partial[e / 2][e % kChains];
+        sum.weight += weight;
+        sum.prob += entmax.prob(gap, weight);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      to[r].prob += partial[r][0].prob + partial[r][1].prob;
+      to[r].weight += partial[r][0].weight + partial[r][1].weight;
+    }
+  }
+
+  // The line of a row's sums over the quad. `num_tiles` bounds the rounding of the sums, 32 terms a tile and chain.
+  __device__ __forceinline__ NormLine row_line(const TailSums& lane_sums, int num_tiles) const {
+    const TailSums total{quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
+    NormLine line = norm_line(entmax, total);
+    const float slack = num_tiles * 0x1p-19f + (kKind == AlphaKind::kGeneral ? 0x1p-15f : 0x1p-18f);
+    line.height -= line.height * slack;
+    return line;
+  }
+
+  // Rows whose window (max - 1, max] has jumped above their point, or that see their first keys, start again from this
+  // tile, of whose keys tau is found by Newton's method. Its sums are not added yet. The whole warp.
+  __device__ __forceinline__ void settle(const ScoreTile<kHeadDim>& score, const TileMaxima<kHeadDim>& tile_max,
+                                         int num_tiles) {
+    constexpr int kSteps = 4;
+    bool starts[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float lane_max = ptx::max_nan(tile_max[0][r], tile_max[1][r]);
+      const float row_max = quad_max(lane_max < INFINITY ? lane_max : INFINITY);
+      starts[r] = row_max < INFINITY && row_max - from_z > point[r];
+      if (row_max == INFINITY) close(r);
+      if (starts[r]) {
+        move(r, row_max - from_z);
+        raise_threshold(r, point[r]);
+      }
+    }
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      TailSums with_tile[kRows] = {sums[0], sums[1]};
+      add<0, Config::kBlockN>(with_tile, score);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const NormLine line = row_line(with_tile[r], num_tiles);
+        if (starts[r] && line.height > from_z) {
+          move(r, point[r] + line.step_to(from_z));
+          raise_threshold(r, point[r]);
+        }
+      }
+    }
+  }
+
+  // Raises the thresholds by what the sums say; the points move to where tau should be once there are `growth` times as
+  // many keys. The whole warp.
+  __device__ __forceinline__ void solve(int num_tiles, float growth) {
+    const float target = from_z / norm_growth(growth);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const NormLine line = row_line(sums[r], num_tiles);
+      if (!(line.height > 0.0f && line.slope > 0.0f)) continue;
+      raise_threshold(r, point[r] + line.step_to(from_z));
+      move(r, fmaxf(point[r] + line.distance_to(target), threshold[r]));
+    }
+  }
+  // The norm of so many times the keys.
+  __device__ __forceinline__ float norm_growth(float growth) const {
+    if constexpr (kKind == AlphaKind::kOneAndHalf) return sqrtf(growth);
+    if constexpr (kKind == AlphaKind::kTwo) return growth;
+    return power(growth, 1.0f / entmax.exponent());
+  }
+
+  // Remembers the thresholds. A quad's lanes hold the same ones; one of them writes. The whole warp.
+  __device__ __forceinline__ void take_snapshot(int index) {
+    const int lane = lane_id();
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (lane % 4 == 0) s_snapshots[index * Config::kRowsPerWarp + row_in_warp(lane, r)] = threshold[r];
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ float above_snapshot(int index, int r, float score) const {
+    return (score - s_snapshots[index * Config::kRowsPerWarp + row_in_warp(lane_id(), r)]) * to_z;
+  }
+  // The most by which a score of the warp's rows exceeds its snapshot, given the maxima of the lane's rows.
+  __device__ __forceinline__ float excess(int index, const float (&maxima)[kRows]) const {
+    const float most = fmaxf(above_snapshot(index, 0, maxima[0]), above_snapshot(index, 1, maxima[1]));
+    return warp_max_of_positive(fmaxf(most, 0.0f));
+  }
+  // The least by which a threshold of the warp's rows has risen since the snapshot; rows that had none do not count.
+  __device__ __forceinline__ float rise(int index) const {
+    const float least = fminf(above_snapshot(index, 0, threshold[0]), above_snapshot(index, 1, threshold[1]));
+    return warp_min_of_positive(fmaxf(fminf(least, INFINITY), 0.0f));
+  }
+};
+
+template <int kHeadDim>
+__device__ __forceinline__ void produce_keys(const ScanParams& params, uint32_t s_key, uint32_t s_query,
+                                             uint32_t query_full, const Ring<ScanConfig<kHeadDim>::kStages>& ring,
+                                             int row_begin, int num_tiles, int head, int kv_head, int batch) {
+  using Config = ScanConfig<kHeadDim>;
+  using KeyTile = typename Config::KeyTile;
+  using QueryTile = typename Config::QueryTile;
+  ptx::mbarrier_arrive_expect_tx(query_full, Config::kConsumers * QueryTile::kBytes);
+  for (int i = 0; i < Config::kConsumers; ++i) {
+    QueryTile::load(s_query + i * QueryTile::kBytes, &params.query, query_full, row_begin + i * kWgmmaM, head, batch);
+  }
+  RingPosition<Config::kStages> at;
+  for (int tile = num_tiles - 1; tile >= 0; --tile) {
+    const uint32_t full = ring.acquire(at.stage, at.parity, KeyTile::kBytes);
+    KeyTile::load(s_key + at.stage * KeyTile::kBytes, &params.key, full, tile * Config::kBlockN, kv_head, batch);
+    at.advance();
+  }
+}
+
+template <typename Element, int kHeadDim, AlphaKind kKind>
+__device__ __forceinline__ void scan_rows(const ScanParams& params, uint8_t* smem, uint32_t s_key, uint32_t s_query,
+                                          uint32_t query_full, const Ring<ScanConfig<kHeadDim>::kStages>& ring,
+                                          int row_begin, int num_tiles, int head, int batch, const WorkRange& range) {
+  using Config = ScanConfig<kHeadDim>;
+  using KeyTile = typename Config::KeyTile;
+  using QueryTile = typename Config::QueryTile;
+  constexpr float kLargestGrowth = 4.0f;
+  const AttentionProblem& problem = params.problem;
+  const int consumer = warpgroup_id() - 1, warp = warp_id() - kWarpgroupWarps, lane = lane_id();
+  const int group_row = row_begin + consumer * kWgmmaM, warp_row = row_begin + warp * Config::kRowsPerWarp;
+
+  // Phase 1: the queries, into registers.
+  uint32_t query[kHeadDim / kWgmmaK][4];
+  ptx::mbarrier_wait(query_full, 0);
+#pragma unroll
+  for (int k = 0; k < kHeadDim / kWgmmaK; ++k) {
+    ptx::ldmatrix_x4(query[k], s_query + consumer * QueryTile::kBytes +
+                                   QueryTile::offset(warp % kWarpgroupWarps * 16 + lane % 16, 2 * k + lane / 16));
+  }
+
+  const float alpha = head_alpha(problem, batch, head);
+  RowBounds<kHeadDim, kKind> bounds;
+  bounds.init(reinterpret_cast<float*>(smem + Config::kSnapshotOffset) +
+                  warp * Config::kSnapshots * Config::kRowsPerWarp,
+              score_to_z(problem, alpha), alpha);
+  int visible[Config::kRowsPerLane];  // keys that the row sees
+#pragma unroll
+  for (int r = 0; r < Config::kRowsPerLane; ++r) {
+    visible[r] = range.num_visible_keys(warp_row + bounds.row_in_warp(lane, r));
+    if (visible[r] == 0) bounds.close(r);
+  }
+  // Rows without keys take no hits whatever their scores, so only the first row that has some bounds the unmasked part.
+  const int unmasked_end = range.num_visible_keys(larger(warp_row, range.first_row_of(0)));
+  const int group_key_end = range.max_visible_keys(group_row, group_row + kWgmmaM);
+  const int group_tiles = ceil_div(group_key_end, Config::kBlockN);
+
+  // This warp's row of the mask and of the excesses; a word is written when its first tile is done.
+  const BlockMaskShape mask_shape(range.num_queries, range.num_keys);
+  const int mask_row = warp_row / kMaskRows;
+  const bool is_mask_row_there = mask_row < mask_shape.num_row_groups;
+  const int64_t head_index = batch * problem.num_heads + head;
+  uint32_t* g_mask =
+      params.block_mask + head_index * mask_shape.row_words() + int64_t(mask_row) * mask_shape.key_words();
+  uint16_t* g_excess =
+      params.tile_excess + (head_index * mask_shape.num_row_groups + mask_row) * mask_shape.num_key_tiles;
+  const int last_word = mask_word(num_tiles * Config::kMaskTiles - 1);
+  uint32_t mask_bits = 0;
+  const auto store_mask_word = [&](int word) {
+    if (lane == 0 && is_mask_row_there && word < mask_shape.key_words()) g_mask[word] = mask_bits;
+    mask_bits = 0;
+  };
+  for (int word = mask_shape.key_words() - 1; word > last_word; --word) store_mask_word(word);
+
+  RingPosition<Config::kStages> at;
+  for (int tile = num_tiles - 1; tile >= 0; --tile) {
+    const int key_begin = tile * Config::kBlockN;
+    const int step = group_tiles - 1 - tile;  // tiles that this warpgroup has seen before
+
+    // Phase 2: scores. Nothing is in flight over the loop's edge: the other warpgroups keep the tensor cores busy.
+    ScoreTile<kHeadDim> score;
+    ring.wait(at.stage, at.parity);
+    const uint32_t s_tile = s_key + at.stage * KeyTile::kBytes;
+    const int stage = at.stage;
+    at.advance();
+    if (step < 0) {  // is_causal: the upper warpgroups' rows end earlier
+      if (lane == 0) ring.release(stage);
+      if (tile % (32 / Config::kMaskTiles) == 0) store_mask_word(mask_word(tile * Config::kMaskTiles));
+      continue;
+    }
+    ptx::wgmma_pin(score);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kHeadDim / kWgmmaK; ++k) {
+      ptx::wgmma_rs<Element, ptx::Major::kK>(score, query[k], KeyTile::k_major(s_tile, 0, k), k != 0);
+    }
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_pin(score);
+    if (lane == 0) ring.release(stage);
+
+    // Phase 3, tiles at an edge only: keys that a row does not see score -inf.
+    if (key_begin + Config::kBlockN > unmasked_end) {
+#pragma unroll
+      for (int i = 0; i < Config::kBlockN / 2; ++i) {
+        const int col = key_begin + i / 4 * 8 + accumulator_col(lane, i % 2);
+        if (col >= visible[i / 2 % 2]) score[i] = -INFINITY;
+      }
+    }
+
+    // Phase 4: the rows' maxima over this lane's columns of each mask tile, as integers (see larger()).
+    int most[Config::kMaskTiles][Config::kRowsPerLane];
+    bool has_hit[Config::kMaskTiles];
+#pragma unroll
+    for (int half = 0; half < Config::kMaskTiles; ++half) {
+#pragma unroll
+      for (int r = 0; r < Config::kRowsPerLane; ++r) {
+        const int first = half * kMaskKeys / 2 + 2 * r;
+        most[half][r] = larger(__float_as_int(score[first]), __float_as_int(score[first + 1]));
+#pragma unroll
+        for (int n = 1; n < kMaskKeys / 8; ++n) {
+          most[half][r] = larger(larger(most[half][r], __float_as_int(score[first + 4 * n])),
+                                 __float_as_int(score[first + 4 * n + 1]));
+        }
+      }
+      has_hit[half] = bounds.may_be_hit(0, most[half][0]) || bounds.may_be_hit(1, most[half][1]);
+    }
+
+    // Phase 5: hits join the sums, and their mask tiles are live.
+    if (__any_sync(kAllLanes, has_hit[0] || has_hit[1])) {
+      TileMaxima<kHeadDim> tile_max;
+#pragma unroll
+      for (int half = 0; half < Config::kMaskTiles; ++half) {
+#pragma unroll
+        for (int r = 0; r < Config::kRowsPerLane; ++r) tile_max[half][r] = __int_as_float(most[half][r]);
+      }
+      const bool is_any_negative = bounds.bits_bound[0] == INT_MIN || bounds.bits_bound[1] == INT_MIN;
+      if (__any_sync(kAllLanes, is_any_negative)) {  // the integers do not tell
+#pragma unroll
+        for (int half = 0; half < Config::kMaskTiles; ++half) {
+#pragma unroll
+          for (int r = 0; r < Config::kRowsPerLane; ++r) {
+            const int first = half * kMaskKeys / 2 + 2 * r;
+            tile_max[half][r] = ptx::max_nan(score[first], score[first + 1]);
+#pragma unroll
+            for (int n = 1; n < kMaskKeys / 8; ++n) {
+              tile_max[half][r] =
+                  ptx::max_nan(ptx::max_nan(tile_max[half][r], score[first + 4 * n]), score[first + 4 * n + 1]);
+            }
+          }
+          has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
+        }
+      }
+      bool jumps = false;
+#pragma unroll
+      for (int half = 0; half < Config::kMaskTiles; ++half) {
+#pragma unroll
+        for (int r = 0; r < Config::kRowsPerLane; ++r) {
+          jumps |= !(tile_max[half][r] <= bounds.point[r] + bounds.from_z);
+        }
+      }
+      if (__any_sync(kAllLanes, jumps)) bounds.settle(score, tile_max, step + 1);
+      if (step == 0) bounds.take_snapshot(0);
+      const int snapshot = snapshot_of(step);
+#pragma unroll
+      for (int half = 0; half < Config::kMaskTiles; ++half) {
+        if (!__any_sync(kAllLanes, has_hit[half])) continue;
+        const int mask_tile = tile * Config::kMaskTiles + half;
+        mask_bits |= mask_bit(mask_tile);
+        const float excess = bounds.excess(snapshot, tile_max[half]);
+        if (lane == 0 && is_mask_row_there) g_excess[mask_tile] = encode_excess(excess);
+        if (half == 0) {
+          bounds.template add<0, kMaskKeys>(bounds.sums, score);
+        } else {
+          bounds.template add<kMaskKeys, Config::kBlockN>(bounds.sums, score);
+        }
+      }
+    } else if (step == 0) {
+      bounds.take_snapshot(0);
+    }
+    if (tile % (32 / Config::kMaskTiles) == 0) store_mask_word(mask_word(tile * Config::kMaskTiles));
+
+    // Phase 6, after 1, 2, 4, 8, ... tiles: better bounds.
+    if (((step + 1) & step) == 0 && tile > 0) {
+      const float growth = static_cast<float>(group_tiles) / static_cast<float>(step + 1);
+      bounds.solve(step + 1, fminf(growth, kLargestGrowth));
+      bounds.take_snapshot(snapshot_of(step + 1));
+    }
+  }
+
+  // Phase 7: the result.
+  bounds.solve(group_tiles, 1.0f);
+#pragma unroll
+  for (int r = 0; r < Config::kRowsPerLane; ++r) {
+    const int row = warp_row + bounds.row_in_warp(lane, r);
+    if (lane % 4 != 0 || row >= range.num_queries) continue;
+    const int64_t index = row_index(problem, batch, head, row);
+    const float threshold = bounds.threshold[r];
+    const bool has_keys = visible[r] > 0 && threshold != -INFINITY;
+    params.tau_lower[index] = !has_keys              ? INFINITY
+                              : threshold < INFINITY ? round_below(threshold * bounds.to_z)
+                                                     : NAN;
+    params.is_coarse[index] = has_keys && threshold < INFINITY;
+  }
+  if (!is_mask_row_there) return;
+
+  // Phase 8: tiles whose scores have all fallen below the final thresholds leave the mask. Lane l keeps the rises since
+  // snapshot l, then looks at tile l of each word.
+  const int num_snapshots = group_tiles > 0 ? snapshot_of(group_tiles - 1) + 1 : 0;
+  float rise_since = 0.0f;
+  for (int index = 0; index < num_snapshots; ++index) {
+    const float rise = bounds.rise(index);
+    if (lane == index) rise_since = rise;
+  }
+  __syncwarp();
+  constexpr int kBatch = 4;  // words in flight
+  const int num_words = last_word + 1 < mask_shape.key_words() ? last_word + 1 : mask_shape.key_words();
+  for (int first_word = 0; first_word < num_words; first_word += kBatch) {
+    uint32_t marked[kBatch];
+    uint16_t excess[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) marked[i] = first_word + i < num_words ? g_mask[first_word + i] : 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      excess[i] = (marked[i] & mask_bit(lane)) != 0 ? g_excess[(first_word + i) * 32 + lane] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first_word + i >= num_words) break;
+      const bool is_marked = (marked[i] & mask_bit(lane)) != 0;
+      const int steps_before = group_tiles - 1 - ((first_word + i) * 32 + lane) / Config::kMaskTiles;
+      const float rise = __shfl_sync(kAllLanes, rise_since, is_marked ? snapshot_of(steps_before) : 0);
+      const uint32_t live = __ballot_sync(kAllLanes, is_marked && decode_excess(excess[i]) >= rise);
+      if (lane == 0) g_mask[first_word + i] = live;
+    }
+  }
+}
+
+template <typename Element, int kHeadDim, AlphaKind kKind>
+__global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, 1)
+    scan_kernel(const __grid_constant__ ScanParams params) {
+  using Config = ScanConfig<kHeadDim>;
+  const AttentionProblem& problem = params.problem;
+  const int batch = blockIdx.z, head = blockIdx.y;
+  const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const int row_begin = m_block * Config::kBlockM;
+  const WorkRange range = work_range(problem, batch);
+  const int num_tiles = ceil_div(range.max_visible_keys(row_begin, row_begin + Config::kBlockM), Config::kBlockN);
+
+  uint8_t* smem = dynamic_smem();
+  const uint32_t s_key = ptx::shared_address(smem), s_query = s_key + Config::kQueryOffset;
+  const uint32_t query_full = s_key + Config::kBarrierOffset;
+  const Ring<Config::kStages> ring{query_full + 8};
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(query_full, 1);
+    ring.init(Config::kConsumers * kWarpgroupWarps);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+
+  if (warpgroup_id() == 0) {
+    ptx::setmaxnreg_decrease<Config::kProducerRegisters>();
+    if (threadIdx.x == 0) {
+      const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
+      produce_keys<kHeadDim>(params, s_key, s_query, query_full, ring, row_begin, num_tiles, head, kv_head, batch);
+    }
+  } else {
+    ptx::setmaxnreg_increase<Config::kConsumerRegisters>();
+    scan_rows<Element, kHeadDim, kKind>(params, smem, s_key, s_query, query_full, ring, row_begin, num_tiles, head,
+                                        batch, range);
+  }
+}
+
+}  // namespace adasplash2::cuda::sm90
