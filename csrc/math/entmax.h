@@ -74,6 +74,13 @@ struct Entmax {
     return prob > 0 ? Power::of(prob, 2 - alpha) : prob;
   }
 
+  // The norm f^(1/b) of f.
+  ADASPLASH2_HOST_DEVICE Real norm(Real prob_sum) const {
+    if constexpr (kKind == AlphaKind::kOneAndHalf) return std::sqrt(prob_sum);
+    if constexpr (kKind == AlphaKind::kTwo) return prob_sum;
+    return Power::of(prob_sum, alpha - 1);
+  }
+
   // Newton on the norm f^(1/b). From a tau at or left of the root it is at least as far as Newton on f and never past
   // the root (f^(1/b) is convex and decreasing), so it keeps a lower bound a lower bound.
   ADASPLASH2_HOST_DEVICE Real newton_step(const RowSumsOf<Real>& sums) const {

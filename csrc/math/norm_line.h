@@ -2,9 +2,8 @@
 //
 // f(t) = sum gap^b is convex and so is its norm f^(1/b): the line that touches the norm at one point lies below it
 // everywhere. So the sums f and A = sum gap^(b-1) of some keys at t, of which the line is made, bound the norm of these
-// keys, and all the more of all keys, at every other point: a Newton step from either side of tau ends at or left of it.
-//
-// Everything is homogeneous: scores in any unit will do, as long as the target is in it (norm = 1 in units of z).
+// keys, and all the more of all keys, at every other point: a Newton step from either side of tau ends at or left of
+// it.
 #pragma once
 
 #include "math/entmax.h"
@@ -36,9 +35,7 @@ struct NormLine {
 
 template <AlphaKind kKind>
 ADASPLASH2_HOST_DEVICE NormLine norm_line(const Entmax<kKind>& entmax, const TailSums& sums) {
-  if constexpr (kKind == AlphaKind::kTwo) return {sums.prob, sums.weight};
-  const float height =
-      kKind == AlphaKind::kOneAndHalf ? sqrtf(sums.prob) : power(sums.prob, 1.0f / entmax.exponent());
+  const float height = entmax.norm(sums.prob);
   return {height, sums.weight * height / sums.prob};
 }
 

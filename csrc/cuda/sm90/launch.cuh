@@ -7,6 +7,8 @@
 
 #include "cuda/launch_pass.cuh"
 #include "cuda/passes.h"
+#include "cuda/sm90/scan.cuh"
+#include "cuda/sm90/tensor_maps.cuh"
 
 namespace adasplash2::cuda::sm90 {
 
@@ -21,8 +23,23 @@ inline bool runs_here() {
 
 template <typename Element, int kHeadDim>
 struct Instance {
+  static void scan(const Forward& call, const ForwardWorkspace& workspace) {
+    using Config = ScanConfig<kHeadDim>;
+    const AttentionProblem& problem = call.problem;
+    const ScanWithMaps params{rows_map(problem.query, problem.dtype, problem.head_dim, problem.num_queries,
+                                       problem.num_heads, problem.batch, kWgmmaM),
+                              rows_map(problem.key, problem.dtype, problem.head_dim, problem.num_keys,
+                                       problem.num_kv_heads, problem.batch, Config::kBlockN),
+                              scan_params(call, workspace)};
+    for_alpha_kind(problem, [&](auto kind) {
+      launch_kernel(scan_kernel<Element, kHeadDim, kind()>,
+                    grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
+                    dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream), params);
+    });
+  }
+
   static constexpr Passes passes(DataType dtype) {
-    return {dtype, kHeadDim, runs_here, nullptr, nullptr, nullptr, nullptr, nullptr};
+    return {dtype, kHeadDim, runs_here, scan, nullptr, nullptr, nullptr, nullptr};
   }
 };
 

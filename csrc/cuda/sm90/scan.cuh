@@ -3,13 +3,14 @@
 //
 //   in   query (B, H, Nq, D), key (B, Hkv, Nk, D)
 //   out  tau_lower (B, H, Nq) float, in units of z; +inf for a row without keys, NaN for a row with a NaN or +inf score
-//        is_coarse (B, H, Nq) uint8, 1 for every row with a tau: the bound is within a fraction of the mean gap, and the
-//        output pass refines it on the live tiles
-//        block_mask (rows, see block_mask.h): 0 where no score of the tile exceeds a lower bound of its row's tau
+//        is_coarse (B, H, Nq) uint8, 1 for every row with a tau: the bound is within a fraction of the mean gap, and
+//        the output pass refines it on the live tiles block_mask (rows, see block_mask.h): 0 where no score of the tile
+//        exceeds a lower bound of its row's tau
 //   own  tile_excess (B, H, row groups, key tiles) uint16
 //
-// Grid (blocks of kBlockM rows, H, B). One thread keeps a ring of key tiles full; each of three warpgroups owns 64 rows,
-// whose queries stay in registers. A warp owns 16 rows, one group of the mask, and meets the others at the ring only.
+// Grid (blocks of kBlockM rows, H, B). One thread keeps a ring of key tiles full; each of three warpgroups owns 64
+// rows, whose queries stay in registers. A warp owns 16 rows, one group of the mask, and meets the others at the ring
+// only.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,17 +19,19 @@
 #include <cstdint>
 #include <dynamic_smem.cuh>
 
+#include "cuda/config.h"
+#include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
 #include "cuda/ptx/fence.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/max.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/shared_address.cuh"
-#include "cuda/sm80/scan.cuh"
 #include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/smem_tile.cuh"
 #include "cuda/sm90/warpgroup.cuh"
 #include "cuda/tile/row_reduce.cuh"
+#include "cuda/tile/tile_excess.cuh"
 #include "math/block_mask.h"
 #include "math/norm_line.h"
 
@@ -61,14 +64,10 @@ struct ScanConfig {
   static constexpr int kSmemBytes = kBarrierOffset + 8 + Ring<kStages>::kBarrierBytes;
 };
 
-struct ScanParams {
+struct ScanWithMaps {
   TensorMap query;  // boxes of 64 rows
   TensorMap key;    // boxes of kBlockN rows
-  AttentionProblem problem;
-  float* tau_lower;
-  uint8_t* is_coarse;
-  uint32_t* block_mask;
-  uint16_t* tile_excess;
+  ScanParams pass;
 };
 
 // The larger one as signed integers: for float bits the larger number where one of them is not negative; the
@@ -83,8 +82,8 @@ using ScoreTile = float[ScanConfig<kHeadDim>::kBlockN / 2];
 template <int kHeadDim>
 using TileMaxima = float[ScanConfig<kHeadDim>::kMaskTiles][ScanConfig<kHeadDim>::kRowsPerLane];
 
-// What a warp knows of its 16 rows so far. All in units of the score. A lane keeps the two rows of its quad; `sums` are
-// of the keys in its own columns, the rest is the same in the four lanes.
+// What a warp knows of its 16 rows so far. A lane keeps the two rows of its quad; `sums` are of the keys in its own
+// columns, the rest is the same in the four lanes.
 template <int kHeadDim, AlphaKind kKind>
 struct RowBounds {
   using Config = ScanConfig<kHeadDim>;
@@ -94,9 +93,9 @@ struct RowBounds {
   float to_z, from_z;
   Entmax<kKind> entmax;
 
-  float threshold[kRows];  // at or below tau, so only scores above it can matter; +inf: the row takes no key
+  float threshold[kRows];  // in units of the score: at or below tau, so only scores above it can matter; +inf: none can
   int bits_bound[kRows];   // float bits below it are at or below the threshold; INT_MIN for a negative threshold
-  float point[kRows];      // where the sums are taken: near the tau that is expected; -inf before the first key
+  float point[kRows];      // z where the sums are taken: near the tau that is expected; -inf before the first key
   TailSums sums[kRows];
 
   __device__ __forceinline__ void init(float* s_snapshots_, float to_z_, float alpha) {
@@ -123,10 +122,10 @@ struct RowBounds {
     point[r] = INFINITY;
     sums[r] = {};
   }
-  // A bound, less the rounding of what it was computed from.
+  // To the largest score that is certainly at or below a bound.
   __device__ __forceinline__ void raise_threshold(int r, float bound) {
-    const float slack = fabsf(bound) * 0x1p-21f + from_z * 0x1p-20f;
-    set_threshold(r, fmaxf(threshold[r], bound - slack));
+    const float score = round_below(bound) * from_z;
+    set_threshold(r, fmaxf(threshold[r], score - fabsf(score) * 0x1p-22f));
   }
 
   // A NaN is a hit: it must be seen.
@@ -142,6 +141,7 @@ struct RowBounds {
   // The sums of lane and tile columns [kBegin, kEnd) at the points, beside what is there.
   template <int kBegin, int kEnd>
   __device__ __forceinline__ void add(TailSums (&to)[kRows], const ScoreTile<kHeadDim>& score) const {
+    // NOTE: fmaf(), not a product and a sum: the products would be moved out of settle()'s loop, and spill.
     constexpr int kChains = 2;  // independent additions
     TailSums partial[kRows][kChains];
 #pragma unroll
@@ -149,12 +149,12 @@ struct RowBounds {
       if constexpr (kKind == AlphaKind::kGeneral) {  // powers are dear: only where the warp has a gap
         bool has_gap = false;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) has_gap |= score[i + e] > point[e / 2];
+        for (int e = 0; e < 4; ++e) has_gap |= fmaf(score[i + e], to_z, -point[e / 2]) > 0.0f;
         if (!__any_sync(kAllLanes, has_gap)) continue;
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float gap = fmaxf(score[i + e] - point[e / 2], 0.0f);
+        const float gap = fmaxf(fmaf(score[i + e], to_z, -point[e / 2]), 0.0f);
         const float weight = entmax.weight(gap);
         TailSums& sum = partial[e / 2][e % kChains];
         sum.weight += weight;
@@ -187,10 +187,11 @@ struct RowBounds {
     for (int r = 0; r < kRows; ++r) {
       const float lane_max = ptx::max_nan(tile_max[0][r], tile_max[1][r]);
       const float row_max = quad_max(lane_max < INFINITY ? lane_max : INFINITY);
-      starts[r] = row_max < INFINITY && row_max - from_z > point[r];
+      const float window = row_max * to_z - 1.0f;
+      starts[r] = row_max < INFINITY && window > point[r];
       if (row_max == INFINITY) close(r);
       if (starts[r]) {
-        move(r, row_max - from_z);
+        move(r, window);
         raise_threshold(r, point[r]);
       }
     }
@@ -201,8 +202,8 @@ struct RowBounds {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const NormLine line = row_line(with_tile[r], num_tiles);
-        if (starts[r] && line.height > from_z) {
-          move(r, point[r] + line.step_to(from_z));
+        if (starts[r] && line.height > 1.0f) {
+          move(r, point[r] + line.step_to(1.0f));
           raise_threshold(r, point[r]);
         }
       }
@@ -212,20 +213,14 @@ struct RowBounds {
   // Raises the thresholds by what the sums say; the points move to where tau should be once there are `growth` times as
   // many keys. The whole warp.
   __device__ __forceinline__ void solve(int num_tiles, float growth) {
-    const float target = from_z / norm_growth(growth);
+    const float target = 1.0f / entmax.norm(growth);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const NormLine line = row_line(sums[r], num_tiles);
       if (!(line.height > 0.0f && line.slope > 0.0f)) continue;
-      raise_threshold(r, point[r] + line.step_to(from_z));
-      move(r, fmaxf(point[r] + line.distance_to(target), threshold[r]));
+      raise_threshold(r, point[r] + line.step_to(1.0f));
+      move(r, fmaxf(point[r] + line.distance_to(target), threshold[r] * to_z));
     }
-  }
-  // The norm of so many times the keys.
-  __device__ __forceinline__ float norm_growth(float growth) const {
-    if constexpr (kKind == AlphaKind::kOneAndHalf) return sqrtf(growth);
-    if constexpr (kKind == AlphaKind::kTwo) return growth;
-    return power(growth, 1.0f / entmax.exponent());
   }
 
   // Remembers the thresholds. A quad's lanes hold the same ones; one of them writes. The whole warp.
@@ -254,7 +249,7 @@ struct RowBounds {
 };
 
 template <int kHeadDim>
-__device__ __forceinline__ void produce_keys(const ScanParams& params, uint32_t s_key, uint32_t s_query,
+__device__ __forceinline__ void produce_keys(const ScanWithMaps& params, uint32_t s_key, uint32_t s_query,
                                              uint32_t query_full, const Ring<ScanConfig<kHeadDim>::kStages>& ring,
                                              int row_begin, int num_tiles, int head, int kv_head, int batch) {
   using Config = ScanConfig<kHeadDim>;
@@ -273,14 +268,14 @@ __device__ __forceinline__ void produce_keys(const ScanParams& params, uint32_t 
 }
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
-__device__ __forceinline__ void scan_rows(const ScanParams& params, uint8_t* smem, uint32_t s_key, uint32_t s_query,
+__device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* smem, uint32_t s_key, uint32_t s_query,
                                           uint32_t query_full, const Ring<ScanConfig<kHeadDim>::kStages>& ring,
                                           int row_begin, int num_tiles, int head, int batch, const WorkRange& range) {
   using Config = ScanConfig<kHeadDim>;
   using KeyTile = typename Config::KeyTile;
   using QueryTile = typename Config::QueryTile;
   constexpr float kLargestGrowth = 4.0f;
-  const AttentionProblem& problem = params.problem;
+  const AttentionProblem& problem = params.pass.problem;
   const int consumer = warpgroup_id() - 1, warp = warp_id() - kWarpgroupWarps, lane = lane_id();
   const int group_row = row_begin + consumer * kWgmmaM, warp_row = row_begin + warp * Config::kRowsPerWarp;
 
@@ -295,9 +290,9 @@ __device__ __forceinline__ void scan_rows(const ScanParams& params, uint8_t* sme
 
   const float alpha = head_alpha(problem, batch, head);
   RowBounds<kHeadDim, kKind> bounds;
-  bounds.init(reinterpret_cast<float*>(smem + Config::kSnapshotOffset) +
-                  warp * Config::kSnapshots * Config::kRowsPerWarp,
-              score_to_z(problem, alpha), alpha);
+  bounds.init(
+      reinterpret_cast<float*>(smem + Config::kSnapshotOffset) + warp * Config::kSnapshots * Config::kRowsPerWarp,
+      score_to_z(problem, alpha), alpha);
   int visible[Config::kRowsPerLane];  // keys that the row sees
 #pragma unroll
   for (int r = 0; r < Config::kRowsPerLane; ++r) {
@@ -315,9 +310,9 @@ __device__ __forceinline__ void scan_rows(const ScanParams& params, uint8_t* sme
   const bool is_mask_row_there = mask_row < mask_shape.num_row_groups;
   const int64_t head_index = batch * problem.num_heads + head;
   uint32_t* g_mask =
-      params.block_mask + head_index * mask_shape.row_words() + int64_t(mask_row) * mask_shape.key_words();
+      params.pass.block_mask + head_index * mask_shape.row_words() + int64_t(mask_row) * mask_shape.key_words();
   uint16_t* g_excess =
-      params.tile_excess + (head_index * mask_shape.num_row_groups + mask_row) * mask_shape.num_key_tiles;
+      params.pass.tile_excess + (head_index * mask_shape.num_row_groups + mask_row) * mask_shape.num_key_tiles;
   const int last_word = mask_word(num_tiles * Config::kMaskTiles - 1);
   uint32_t mask_bits = 0;
   const auto store_mask_word = [&](int word) {
@@ -410,10 +405,16 @@ __device__ __forceinline__ void scan_rows(const ScanParams& params, uint8_t* sme
       for (int half = 0; half < Config::kMaskTiles; ++half) {
 #pragma unroll
         for (int r = 0; r < Config::kRowsPerLane; ++r) {
-          jumps |= !(tile_max[half][r] <= bounds.point[r] + bounds.from_z);
+          jumps |= !(tile_max[half][r] * bounds.to_z - 1.0f <= bounds.point[r]);
         }
       }
-      if (__any_sync(kAllLanes, jumps)) bounds.settle(score, tile_max, step + 1);
+      if (__any_sync(kAllLanes, jumps)) {
+        bounds.settle(score, tile_max, step + 1);
+#pragma unroll
+        for (int half = 0; half < Config::kMaskTiles; ++half) {
+          has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
+        }
+      }
       if (step == 0) bounds.take_snapshot(0);
       const int snapshot = snapshot_of(step);
 #pragma unroll
@@ -451,10 +452,10 @@ __device__ __forceinline__ void scan_rows(const ScanParams& params, uint8_t* sme
     const int64_t index = row_index(problem, batch, head, row);
     const float threshold = bounds.threshold[r];
     const bool has_keys = visible[r] > 0 && threshold != -INFINITY;
-    params.tau_lower[index] = !has_keys              ? INFINITY
-                              : threshold < INFINITY ? round_below(threshold * bounds.to_z)
-                                                     : NAN;
-    params.is_coarse[index] = has_keys && threshold < INFINITY;
+    params.pass.tau_lower[index] = !has_keys              ? INFINITY
+                                   : threshold < INFINITY ? round_below(threshold * bounds.to_z)
+                                                          : NAN;
+    params.pass.is_coarse[index] = has_keys && threshold < INFINITY;
   }
   if (!is_mask_row_there) return;
 
@@ -492,9 +493,9 @@ __device__ __forceinline__ void scan_rows(const ScanParams& params, uint8_t* sme
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
 __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, 1)
-    scan_kernel(const __grid_constant__ ScanParams params) {
+    scan_kernel(const __grid_constant__ ScanWithMaps params) {
   using Config = ScanConfig<kHeadDim>;
-  const AttentionProblem& problem = params.problem;
+  const AttentionProblem& problem = params.pass.problem;
   const int batch = blockIdx.z, head = blockIdx.y;
   const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const int row_begin = m_block * Config::kBlockM;
