@@ -14,6 +14,9 @@ from adasplash2 import reference
 BF16 = torch.bfloat16
 MMA = 16 * 8 * 16  # multiply-adds of one mma.m16n8k16
 emulated = pytest.mark.skipif(library.has_gpu(), reason="the emulator counts, a GPU does not")
+on_both_paths = pytest.mark.usefixtures("cuda_path")
+only_sm80 = pytest.mark.parametrize("cuda_path", ["sm80"], indirect=True)
+only_sm90 = pytest.mark.parametrize("cuda_path", ["sm90"], indirect=True)
 
 
 def exact_z(query: Tensor, key: Tensor, alpha: float, is_causal: bool = False) -> Tensor:
@@ -53,6 +56,7 @@ def run_case(name: str, shape: Shape, seed: int = 0, **options: object) -> tuple
     return library.forward(library.build(), *on_device, seed=seed % 4, **options), tensors
 
 
+@on_both_paths
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 1.25])
 @pytest.mark.parametrize("name", sorted(cases.MAKERS))
 def test_bounds_and_masks(name, alpha):
@@ -74,6 +78,8 @@ def test_bounds_and_masks(name, alpha):
     assert (above | ~block_mask).all(), "the block mask has a tile without a gap"
 
 
+@only_sm80
+@on_both_paths
 @pytest.mark.parametrize("num_keys, factor, largest_error", [(1000, 3.0, 3e-4), (2000, 1.0, 8e-4), (3000, 0.6, 3e-3)])
 def test_error_of_the_scan_by_support(num_keys, factor, largest_error):
     """Before the last step; docs/algorithm.md quotes these errors."""
@@ -85,6 +91,24 @@ def test_error_of_the_scan_by_support(num_keys, factor, largest_error):
     assert (run.tau.cpu() - exact_tau(query, key, value, 1.5)).abs().max() <= 3e-6
 
 
+@only_sm90
+@on_both_paths
+@pytest.mark.parametrize("num_keys, factor", [(1000, 10.0), (2000, 3.0), (3000, 1.0), (3000, 0.3), (3000, 0.05)])
+def test_error_of_the_tangents(num_keys, factor):
+    """By support, from a few keys to nearly all, in units of the mean gap: what one refinement squares away."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 96, num_keys), BF16)
+    query = query * factor
+    run = library.forward(library.build(), *(t.to(library.device()) for t in (query, key, value)))
+    tau, tau_lower = exact_tau(query, key, value, 1.5), run.tau_lower.cpu().double()
+    gap = (exact_z(query, key, 1.5) - tau_lower.unsqueeze(-1)).clamp(min=0)
+    shift = (tau - tau_lower) * (gap > 0).sum(-1) / gap.sum(-1)
+    assert shift.mean() <= 0.2 and shift.max() <= 0.8
+    assert run.is_coarse.all()
+    assert (run.tau.cpu() - tau).abs().max() <= 1e-5
+
+
+@only_sm80
+@on_both_paths
 @pytest.mark.parametrize("factor", [1.0, 2.0, 5.0])
 def test_no_refinement_for_small_supports(factor):
     query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 128, 1500), BF16)
@@ -93,6 +117,7 @@ def test_no_refinement_for_small_supports(factor):
     assert not run.is_coarse.any()
 
 
+@on_both_paths
 def test_refinement_of_large_supports():
     """Nearly constant scores: many rows are flagged, and end as exact as the others."""
     query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 64, 2000), BF16)
@@ -102,6 +127,7 @@ def test_refinement_of_large_supports():
     assert (run.tau.cpu() - exact_tau(query, key, value, 1.5)).abs().max() <= 3e-6
 
 
+@on_both_paths
 @pytest.mark.parametrize("name", ["block_structured", "one_hot", "rising"])
 def test_tiles_marked_early_do_not_stay(name):
     """While bounds are low nearly every tile looks live; all but a few of them must leave the mask in the end."""
@@ -112,6 +138,8 @@ def test_tiles_marked_early_do_not_stay(name):
 
 
 @emulated
+@only_sm80
+@on_both_paths
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("name", ["gaussian", "block_structured"])
@@ -136,6 +164,8 @@ def test_work_of_the_forward_pass(name, is_causal, head_dim):
 
 
 @emulated
+@only_sm80
+@on_both_paths
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", ["gaussian", "block_structured"])
 def test_work_of_the_backward_pass(name, head_dim):
@@ -152,6 +182,8 @@ def test_work_of_the_backward_pass(name, head_dim):
 
 
 @emulated
+@only_sm80
+@on_both_paths
 def test_a_hit_costs_three_atomics():
     """Keys at or below the bounds never reach a histogram: far fewer hits than keys, three words a hit."""
     run, _ = run_case("sparse", Shape(1, 1, 128, 1000))
