@@ -416,14 +416,16 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* s
         }
       }
       if (step == 0) bounds.take_snapshot(0);
-      const int snapshot = snapshot_of(step);
+      // One excess for both mask tiles: a tile that was marked with its neighbour's leaves the mask later than it could.
+      const float row_maxima[] = {fmaxf(tile_max[0][0], tile_max[1][0]),
+                                  fmaxf(tile_max[0][1], tile_max[1][1])};
+      const uint16_t excess = encode_excess(bounds.excess(snapshot_of(step), row_maxima));
 #pragma unroll
       for (int half = 0; half < Config::kMaskTiles; ++half) {
         if (!__any_sync(kAllLanes, has_hit[half])) continue;
         const int mask_tile = tile * Config::kMaskTiles + half;
         mask_bits |= mask_bit(mask_tile);
-        const float excess = bounds.excess(snapshot, tile_max[half]);
-        if (lane == 0 && is_mask_row_there) g_excess[mask_tile] = encode_excess(excess);
+        if (lane == 0 && is_mask_row_there) g_excess[mask_tile] = excess;
         if (half == 0) {
           bounds.template add<0, kMaskKeys>(bounds.sums, score);
         } else {
