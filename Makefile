@@ -1,12 +1,12 @@
-# make demo: the main job.   make test: builds and passes every test.   make lint: what CI checks beside that.
-# Both make a virtual environment in .venv where VENV names none, install torch where it has none, and build.
+# make demo: the main job.   make test: builds and passes every test.   make lint, make sanitize: what CI checks beside.
+# All make a virtual environment in .venv where VENV names none, install torch where it has none, and build.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test build lint ctest clean
+.PHONY: demo test build lint ctest sanitize clean
 
 demo: build
 	$(BIN)/python -m demo
@@ -35,6 +35,16 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own. Python is not built with
+# them, so their library is loaded before it.
+SANITIZED_TESTS ?= tests/test_forward.py tests/test_backward.py tests/test_robustness.py tests/test_entmax.py
+sanitize: $(VENV)/.ready
+	ADASPLASH2_CUDA=0 ADASPLASH2_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/sanitize \
+	  --build-lib build/sanitize/lib
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+	  $(BIN)/pytest -x $(SANITIZED_TESTS)
 
 clean:
 	rm -rf build adasplash2/*.so

@@ -57,11 +57,12 @@ def _support_bytes(query: Tensor, num_keys: int, value_head_dim: int) -> int:
         mask_bytes = batch * num_heads * -(-num_queries // mask_rows) * words_per_group * 4
         padded_head_dim = _round_up(value_head_dim, head_dim_multiple)
         return _round_up(mask_bytes, 16) + batch * num_heads * num_queries * padded_head_dim * query.dtype.itemsize
-    row_block, saved_per_row, header_bytes = _C.support_layout
+    row_block, saved_per_row, alignment = _C.support_layout
     real_bytes = 8 if query.dtype == torch.float64 else 4
-    origins = _round_up(batch * num_heads * num_queries * 2 * real_bytes, 64)
-    region = header_bytes + row_block * torch.sym_min(num_keys, saved_per_row) * (real_bytes + 4)
-    return origins + batch * num_heads * -(-num_queries // row_block) * region
+    origins = _round_up(alignment + batch * num_heads * num_queries * 2 * real_bytes, alignment)
+    num_blocks = batch * num_heads * -(-num_queries // row_block)
+    block_entries = row_block * torch.sym_min(num_keys, saved_per_row)
+    return _round_up(origins + num_blocks * 8, alignment) + num_blocks * block_entries * (real_bytes + 4)
 
 
 def _round_up(number: int, multiple: int) -> int:

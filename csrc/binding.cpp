@@ -34,14 +34,15 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 // Zeros whose pages are committed as they are written: the support buffer is sized for the worst case that is still
-// saved, so its shape does not depend on the data, but it costs only the memory of the support that there is.
+// saved, so its shape does not depend on the data, but it costs only the memory of the support that there is. Huge
+// pages because it is written from the front: a page fault costs as much as the scan of a row.
 Tensor lazily_committed(int64_t bytes) {
   constexpr int64_t kWorthMapping = 1 << 16;
   const auto options = at::TensorOptions().dtype(at::kByte);
   if (bytes < kWorthMapping) return at::zeros({bytes}, options);
   void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   TORCH_CHECK(data != MAP_FAILED, "adasplash2: could not map ", bytes, " bytes for the saved support");
-  madvise(data, bytes, MADV_NOHUGEPAGE);  // a huge page would commit (and clear) many row blocks' regions at once
+  madvise(data, bytes, MADV_HUGEPAGE);
   return at::from_blob(data, {bytes}, [bytes](void* mapped) { munmap(mapped, bytes); }, options);
 }
 
@@ -322,7 +323,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = kHasCuda;
   m.attr("cuda_missing") = kCudaMissing;
   m.attr("cuda_paths") = cuda_paths();
-  m.attr("support_layout") = py::make_tuple(cpu::kRowBlock, cpu::kSavedPerRow, cpu::SupportLayout::kHeaderBytes);
+  m.attr("support_layout") = py::make_tuple(cpu::kRowBlock, cpu::kSavedPerRow, cpu::SupportLayout::kAlignment);
   m.attr("cuda_support_layout") = py::make_tuple(kMaskRows, kMaskKeys, cuda::kHeadDimMultiple);
   m.def("isa_levels", &cpu::isa_levels, "Instruction sets this machine can run, slowest first.");
   m.def("isa", &cpu::isa, "The instruction set in use.");

@@ -2,22 +2,20 @@
 //
 //   dQ = sigma dS K,   dK = sigma dS^T Q,   dV = P^T dO,   d mask = dS,   d alpha: gradient_by_alpha() below
 //
-// Row blocks whose support was saved (support_layout.h) touch the support and nothing else, in three steps:
-//   rows   a chunk of row blocks computes dS and dQ and files (row, p, dS) under its keys; where each entry goes was
-//          counted before, so entries lie in the order of the rows whatever the number of threads
-//   keys   a block of keys gathers its rows of Q and dO: dK and dV
-// The chunks are taken in waves that bound the memory of the filed entries. Row blocks that were not saved are
-// recomputed in strips (dense.h) and accumulate dK and dV in float, a fixed number of parts per kv head, added up in
-// order. So every sum has one order: results are the same bits for any number of threads.
+// Row blocks whose support was saved (support_layout.h) touch the support and nothing else, in two steps:
+//   rows   a chunk of row blocks gathers rows of V and K: p, dS and dQ
+//   keys   a range of keys whose dK and dV fit the cache goes through all rows and adds what each has in the range
+// The chunks are taken in waves that bound the memory of p and dS. Row blocks that were not saved are recomputed in
+// strips (dense.h) and accumulate dK and dV in float, a fixed number of parts per kv head, added up in order. So every
+// sum has one order: results are the same bits for any number of threads.
 #pragma once
 
 #include "cpu/attention_forward.h"
 
 namespace adasplash2::cpu::ADASPLASH2_ISA {
 
-constexpr int64_t kChunkBlocks = 8;                // row blocks that file their entries one after the other
-constexpr int64_t kKeyBlock = 64;                  // keys of one task of the key step
-constexpr int64_t kWaveBytes = int64_t{64} << 20;  // of filed entries and their counts
+// Of p and dS of a wave: enough entries to keep the threads busy, so few that they stay in the last level cache.
+constexpr int64_t kWaveBytesPerThread = int64_t{16} << 20, kMostWaveBytes = int64_t{64} << 20;
 constexpr int64_t kDenseParts = 16;  // tasks of the strips, at least, if the problem has as many row blocks
 
 // One row: weights and gradients on its support, or on a whole strip row (where prob 0 means outside).
@@ -92,12 +90,10 @@ struct BackwardContext {
   int64_t row_index(const HeadView<Element>& view, int64_t row) const {
     return view.index() * params.num_queries + row;
   }
-  const char* region(int64_t kv, int64_t block_of_kv) const {
-    return static_cast<const char*>(params.support) +
-           layout.block_offset(view(kv, block_of_kv).index(), block_of_kv % layout.blocks_per_head);
-  }
-  bool is_saved(int64_t kv, int64_t block_of_kv) const {
-    return *reinterpret_cast<const int64_t*>(region(kv, block_of_kv)) == 1;
+  // Null if the block was not saved.
+  const char* saved_block(int64_t kv, int64_t block_of_kv) const {
+    return layout.saved_block(
+        params.support, view(kv, block_of_kv).index() * layout.blocks_per_head + block_of_kv % layout.blocks_per_head);
   }
   const Real* origin(int64_t row_index) const {
     return reinterpret_cast<const Real*>(static_cast<const char*>(params.support) + layout.origin_offset(row_index));
@@ -109,6 +105,14 @@ struct BackwardContext {
            view.head * params.mask.stride_head + row * params.mask.stride_row;
   }
   bool wants_keys() const { return params.grad_key.data != nullptr || params.grad_value.data != nullptr; }
+  // Do elements of the mask's gradient belong to several rows or heads?
+  bool shares_mask() const {
+    const Mask& mask = params.mask;
+    return wants_mask() &&
+           ((mask.stride_row == 0 && params.num_queries > 1) || (mask.stride_head == 0 && params.num_heads > 1) ||
+            (mask.stride_batch == 0 && params.batch > 1));
+  }
+  bool has_key_step() const { return wants_keys() || (wants_mask() && params.mask.stride_row == 0); }
 
   void write_grad_query(const HeadView<Element>& view, int64_t row, const Real* sum) const {
     Element* to = mutable_row_pointer<Element>(params.grad_query, view.batch, view.head, row);
@@ -118,29 +122,25 @@ struct BackwardContext {
   }
 };
 
-// dK and dV of some kv heads before they are final, in the accumulation type.
+// dK and dV of the first keys of one kv head before they are final, in the accumulation type.
 template <class Real>
 struct KeyGradients {
   Buffer<Real> data;
-  int64_t key_dim = 0, value_dim = 0, num_cols = 0;
+  int64_t num_keys = 0, key_dim = 0, value_dim = 0;
 
-  // Room for whole groups of rows past the last key: strips are accumulated by groups.
-  static int64_t cols_for(int64_t num_keys) {
-    return (num_keys + kPanelCols - 1) / kPanelCols * kPanelCols + kTileRows;
-  }
-
-  void reserve(int64_t count, const AttentionProblem& problem) {
+  void set_zero(int64_t keys, const AttentionProblem& problem) {
+    num_keys = keys;
     key_dim = problem.head_dim;
     value_dim = problem.value_head_dim;
-    num_cols = cols_for(problem.num_keys);
-    data.reserve(count * size());
-    std::fill_n(data.data(), count * size(), Real(0));
+    std::fill_n(data.reserve(size()), size(), Real(0));
   }
-  int64_t size() const { return num_cols * (key_dim + value_dim); }
-  Real* key(int64_t index, int64_t col) { return data.data() + index * size() + col * key_dim; }
-  Real* value(int64_t index, int64_t col) {
-    return data.data() + index * size() + num_cols * key_dim + col * value_dim;
+  void add(const KeyGradients& other) {
+    for (int64_t i = 0; i < size(); ++i) data[i] += other.data[i];
   }
+  // Strips are accumulated by groups of keys: room for one past the last key.
+  int64_t size() const { return (num_keys + kTileRows) * (key_dim + value_dim); }
+  Real* key(int64_t index) { return data.data() + index * key_dim; }
+  Real* value(int64_t index) { return data.data() + (num_keys + kTileRows) * key_dim + index * value_dim; }
 };
 
 // ---- strips: row blocks that were not saved
@@ -160,16 +160,15 @@ class StripGradientWorker {
     sums_.reserve(kRowBlock * params_.head_dim);
   }
 
-  // Adds a block's dK and dV to gradients[index].
-  void operator()(int64_t kv, int64_t block_of_kv, KeyGradients<Real>& gradients, int64_t index) {
+  // Adds a block's dK and dV to gradients.
+  void operator()(int64_t kv, int64_t block_of_kv, KeyGradients<Real>& gradients) {
     const HeadView<Element> view = context_.view(kv, block_of_kv);
-    with_power(view.alpha, [&](auto exponent) { run<exponent>(view, kv, block_of_kv, gradients, index); });
+    with_power(view.alpha, [&](auto exponent) { run<exponent>(view, kv, block_of_kv, gradients); });
   }
 
  private:
   template <Exponent kExponent>
-  void run(const HeadView<Element>& view, int64_t kv, int64_t block_of_kv, KeyGradients<Real>& gradients,
-           int64_t index) {
+  void run(const HeadView<Element>& view, int64_t kv, int64_t block_of_kv, KeyGradients<Real>& gradients) {
     const RowBlock block(view, block_of_kv % context_.layout.blocks_per_head);
     const Power<Real, kExponent> power(view.alpha);
     const int64_t num_cols = block.num_panels * kPanelCols, key_dim = params_.head_dim,
@@ -178,7 +177,7 @@ class StripGradientWorker {
     pack_groups(view.query(block.first_row), params_.query.stride_row, block.num_rows, key_dim, view.units.query_factor,
                 query_groups_.data());
     pack_groups(grad_out, params_.grad_out.stride_row, block.num_rows, value_dim, Real(1), grad_out_groups_.data());
-    const Real *keys = keys_.head(kv), *values = values_.head(kv);
+    const Real *keys = keys_.head(kv, block.num_panels), *values = values_.head(kv, block.num_panels);
     strip_.reserve(block.num_panels);
     grad_strip_.reserve(block.num_panels);
     for (int64_t first = 0; first < block.num_rows; first += strip_.rows) {
@@ -192,7 +191,7 @@ class StripGradientWorker {
         }
       }
       for (int64_t row = first; row < last; ++row) {
-        differentiate_row(view, block.first_row + row, row - first, num_cols, power, gradients, index);
+        differentiate_row(view, block.first_row + row, row - first, num_cols, power, gradients);
       }
       if (params_.grad_query.data != nullptr) sum_keys(view, block, first, last, num_cols);
       if (context_.wants_keys()) {
@@ -200,9 +199,9 @@ class StripGradientWorker {
         const MatrixView<Real> queries{query_rows_.data(), key_dim}, grad_outs{grad_out_rows_.data(), value_dim};
         for (int64_t col = 0; col < cols_end; col += kTileRows) {
           accumulate_tile(grad_strip_.row(0) + col, 1, grad_strip_.stride, queries, last - first, key_dim,
-                          gradients.key(index, col), key_dim);
+                          gradients.key(col), key_dim);
           accumulate_tile(strip_.row(0) + col, 1, strip_.stride, grad_outs, last - first, value_dim,
-                          gradients.value(index, col), value_dim);
+                          gradients.value(col), value_dim);
         }
       }
     }
@@ -211,7 +210,7 @@ class StripGradientWorker {
   // Scores -> probabilities and dP -> dS in the two strips, and the row's operands of dK and dV.
   template <Exponent kExponent>
   void differentiate_row(const HeadView<Element>& view, int64_t row, int64_t strip_row, int64_t num_cols,
-                         const Power<Real, kExponent>& power, KeyGradients<Real>& gradients, int64_t index) {
+                         const Power<Real, kExponent>& power, KeyGradients<Real>& gradients) {
     const RowGradient<Real, kExponent> gradient{power, view.alpha};
     Real *score = strip_.row(strip_row), *grad = grad_strip_.row(strip_row);
     const int64_t row_index = context_.row_index(view, row);
@@ -236,13 +235,13 @@ class StripGradientWorker {
     const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
     const MatrixView<Element> grad_out{row_pointer<Element>(params_.grad_out, view.batch, view.head, row), 0};
     Real* grad_out_row = grad_out_rows_.data() + strip_row * value_dim;
-    if (has_support) widen_row(view.query(row), key_dim, query_rows_.data() + strip_row * key_dim);
+    if (has_support) convert_row(view.query(row), key_dim, query_rows_.data() + strip_row * key_dim);
     else fill_row(query_rows_.data() + strip_row * key_dim, key_dim, Real(0));
-    if (has_support && all_finite(grad_out, 1, value_dim)) return widen_row(grad_out.row(0), value_dim, grad_out_row);
+    if (has_support && all_finite(grad_out, 1, value_dim)) return convert_row(grad_out.row(0), value_dim, grad_out_row);
     fill_row(grad_out_row, value_dim, Real(0));
     for (int64_t col = 0; col < num_cols; ++col) {
       if (!(score[col] > 0)) continue;
-      Real* sum = gradients.value(index, col);
+      Real* sum = gradients.value(col);
       for (int64_t d = 0; d < value_dim; d += kLanes<Real>)
         store(sum + d, load(sum + d) + load(grad_out.row(0) + d) * score[col]);
     }
@@ -274,174 +273,238 @@ class StripGradientWorker {
   Strip<Real> strip_, grad_strip_;               // score -> gap -> prob, and dP -> dS
 };
 
-// Adds dK and dV of every row block that was not saved to gradients (one slot per kv head).
+// The row blocks of a kv head that were not saved, and how many keys they see.
+struct StripHead {
+  int64_t kv, num_keys = 0;
+  std::vector<int64_t> blocks;
+};
+
 template <class Element>
-void differentiate_strips(BackwardContext<Element>& context, const std::vector<int64_t>& kv_heads,
-                          KeyGradients<Accumulator<Element>>& gradients, const std::vector<int64_t>& slot,
-                          const Parallel& parallel) {
+std::vector<StripHead> find_strips(const BackwardContext<Element>& context) {
+  std::vector<StripHead> heads;
+  for (int64_t kv = 0; kv < context.num_kv; ++kv) {
+    StripHead head{kv};
+    for (int64_t block = 0; block < context.blocks_per_kv; ++block) {
+      if (context.saved_block(kv, block) != nullptr) continue;
+      const RowBlock rows(context.view(kv, block), block % context.layout.blocks_per_head);
+      head.blocks.push_back(block);
+      head.num_keys = std::max(head.num_keys, rows.num_panels * kPanelCols);
+    }
+    if (!head.blocks.empty()) heads.push_back(std::move(head));
+  }
+  return heads;
+}
+
+// dK and dV of every row block that was not saved are added to gradients (by kv head).
+template <class Element>
+void differentiate_strips(BackwardContext<Element>& context, const std::vector<StripHead>& heads,
+                          std::vector<KeyGradients<Accumulator<Element>>>& gradients, const Parallel& parallel) {
   using Real = Accumulator<Element>;
   const AttentionBackward& params = context.params;
   PackedPanels<Element> keys(params, params.key, params.head_dim), values(params, params.value, params.value_head_dim);
-  // The number of parts follows from the shapes alone, so sums have one order.
+  // Of each head, consecutive blocks make a part; the first adds to the head's gradients, the others are added up after
+  // it. How many there are follows from the shapes alone, so sums have one order.
   const int64_t num_parts =
       std::clamp<int64_t>((kDenseParts + context.num_kv - 1) / context.num_kv, 1, context.blocks_per_kv);
-  Parallel one_at_a_time = parallel;
-  one_at_a_time.num_threads = 1;
-  KeyGradients<Real> parts;
-  for (size_t done = 0; done < kv_heads.size();) {
-    parts.reserve(0, params);
-    const int64_t fitting = kWaveBytes / (num_parts * parts.size() * static_cast<int64_t>(sizeof(Real)) + 1);
-    const int64_t count = std::clamp<int64_t>(fitting, 1, kv_heads.size() - done);
-    parts.reserve(count * num_parts, params);
-    // Row blocks of several heads may add to one element of the mask's gradient: keep their order.
-    run_tasks(context.wants_mask() ? one_at_a_time : parallel, count * num_parts, [&] {
+  const int64_t head_bytes =
+      num_parts * params.num_keys * (params.head_dim + params.value_head_dim) * static_cast<int64_t>(sizeof(Real));
+  const int64_t at_once = std::clamp<int64_t>(kMostWaveBytes / head_bytes, 1, heads.size());
+  std::vector<KeyGradients<Real>> others(at_once * (num_parts - 1));
+  Parallel for_blocks = parallel;
+  if (context.shares_mask()) for_blocks.num_threads = 1;  // elements of the mask's gradient are added to in order
+  for (int64_t done = 0; done < static_cast<int64_t>(heads.size()); done += at_once) {
+    const int64_t count = std::min<int64_t>(at_once, heads.size() - done);
+    run_tasks(for_blocks, count * num_parts, [&] {
       return [&, worker = StripGradientWorker<Element>(context, keys, values)](int64_t task) mutable {
-        const int64_t kv = kv_heads[done + task / num_parts], part = task % num_parts;
-        for (int64_t block = context.blocks_per_kv * part / num_parts;
-             block < context.blocks_per_kv * (part + 1) / num_parts; ++block) {
-          if (!context.is_saved(kv, block)) worker(kv, block, parts, task);
+        const StripHead& head = heads[done + task / num_parts];
+        const int64_t part = task % num_parts, num_blocks = head.blocks.size();
+        auto& sums = part == 0 ? gradients[head.kv] : others[task / num_parts * (num_parts - 1) + part - 1];
+        if (part > 0) sums.set_zero(gradients[head.kv].num_keys, params);
+        for (int64_t i = num_blocks * part / num_parts; i < num_blocks * (part + 1) / num_parts; ++i) {
+          worker(head.kv, head.blocks[i], sums);
         }
       };
     });
     run_tasks(parallel, count, [&] {
       return [&](int64_t i) {
-        Real* sum = gradients.key(slot[kv_heads[done + i]], 0);
-        for (int64_t part = 0; part < num_parts; ++part) {
-          const Real* add = parts.key(i * num_parts + part, 0);
-          for (int64_t j = 0; j < parts.size(); ++j) sum[j] += add[j];
+        for (int64_t part = 1; part < num_parts; ++part) {
+          gradients[heads[done + i].kv].add(others[i * (num_parts - 1) + part - 1]);
         }
       };
     });
-    done += count;
   }
 }
 
 // ---- lists: row blocks that were saved
 // --------------------------------------------------------------------------------
 
-// Consecutive row blocks of one query head.
+// Consecutive row blocks of one query head, whose rows gather together. Counted are the blocks that were saved.
 struct Chunk {
   int64_t kv, first_block, last_block;  // blocks of the kv head, [first, last)
-  int64_t num_entries;
+  int64_t num_rows, num_entries;  // with room after each row's entries: products are written a vector past the end
+  int64_t wave_row, wave_entry;   // where they begin in SupportGradients
 };
 
-// What the row step files under a key.
+// What the row step leaves for the key step: one wave of chunks.
 template <class Real>
-struct Entry {
-  int32_t row;  // of the query head
-  Real prob, grad_score;
+struct SupportGradients {
+  Buffer<Real> prob, grad_score;  // rows one after the other, each in the order of its saved columns
+  Buffer<int32_t> range_end;      // [range][row]: where the row's entries of a range of keys end; ranges from the last
+  int64_t num_rows = 0, num_ranges = 0, keys_per_range = 0;
+
+  // The keys of a range, so few that their sums stay in the L2 cache and there is enough to do for every thread.
+  void set_ranges(const AttentionProblem& problem, int64_t num_kv) {
+    constexpr int64_t kSumBytes = 512 << 10, kLeastTasks = 16, kLeastPanels = 4;
+    const int64_t key_bytes = (problem.head_dim + problem.value_head_dim) * static_cast<int64_t>(sizeof(Real));
+    const int64_t num_panels = (problem.num_keys + kPanelCols - 1) / kPanelCols;
+    const int64_t fitting = kSumBytes / (key_bytes * kPanelCols), shared = num_panels * num_kv / kLeastTasks;
+    keys_per_range = std::max(std::min(fitting, shared), kLeastPanels) * kPanelCols;
+    num_ranges = (problem.num_keys + keys_per_range - 1) / keys_per_range;
+  }
+  int64_t row_bytes() const { return num_ranges * static_cast<int64_t>(sizeof(int32_t)); }
+  int32_t* range_ends(int64_t range) { return range_end.data() + range * num_rows; }
 };
 
-// The entries of the chunks of one wave.
-template <class Real>
-struct FiledEntries {
-  Buffer<Entry<Real>> data;
-  Buffer<int32_t> count;  // [chunk][Nk]; then where the chunk's next entry of the key goes; in the end where they end
-};
+// function(row of the query head, its columns and gaps) for every row of a chunk whose block was saved, in order.
+template <class Element, class Function>
+ADASPLASH2_INLINE void for_saved_rows(const BackwardContext<Element>& context, const Chunk& chunk, Function function) {
+  using Real = Accumulator<Element>;
+  const SupportLayout& layout = context.layout;
+  const int64_t first_index = context.row_index(context.view(chunk.kv, chunk.first_block), 0);
+  for (int64_t block = chunk.first_block; block < chunk.last_block; ++block) {
+    const char* saved = context.saved_block(chunk.kv, block);
+    if (saved == nullptr) continue;
+    const int64_t first_row = block % layout.blocks_per_head * kRowBlock;
+    for (int64_t row = first_row; row < std::min(context.params.num_queries, first_row + kRowBlock); ++row) {
+      const int64_t size = context.params.support_size[first_index + row];
+      function(row, EntryList<const Real>{reinterpret_cast<const int32_t*>(saved + size * layout.real_bytes),
+                                          reinterpret_cast<const Real*>(saved), size});
+      saved += size * layout.entry_bytes();
+    }
+  }
+}
 
 template <class Element>
 class RowStepWorker {
   using Real = Accumulator<Element>;
 
  public:
-  RowStepWorker(BackwardContext<Element>& context, FiledEntries<Real>& filed)
-      : context_(context), params_(context.params), filed_(filed) {
-    grad_out_.reserve(kRowBlock * params_.value_head_dim);
-    grad_query_.reserve(kRowBlock * params_.head_dim);
-    const int64_t most = context.layout.block_capacity + kRowBlock * 2 * kLanes<Real>;
-    prob_.reserve(most);
-    grad_.reserve(most);
+  RowStepWorker(BackwardContext<Element>& context, SupportGradients<Real>& wave)
+      : context_(context), params_(context.params), wave_(wave) {
+    grad_out_.reserve(kGatherRows * params_.value_head_dim);
+    grad_query_.reserve(kGatherRows * params_.head_dim);
   }
 
-  void operator()(const Chunk& chunk, int32_t* next, int64_t first_entry) {
+  void operator()(const Chunk& chunk) {
     const HeadView<Element> view = context_.view(chunk.kv, chunk.first_block);
-    Entry<Real>* entries = filed_.data.data() + first_entry;
+    num_rows_ = 0;
+    int64_t entry = chunk.wave_entry;
+    for_saved_rows(context_, chunk, [&](int64_t row, const EntryList<const Real>& list) {
+      const Element* grad_out = row_pointer<Element>(params_.grad_out, view.batch, view.head, row);
+      convert_row(grad_out, params_.value_head_dim, grad_out_.data() + num_rows_ * params_.value_head_dim);
+      row_[num_rows_] = row;
+      gap_[num_rows_] = list.value;
+      lists_[num_rows_] = {list.column, wave_.grad_score.data() + entry, list.size};
+      prob_[num_rows_++] = wave_.prob.data() + entry;
+      entry += list.size + kLanes<Real>;
+    });
+    differentiate_probs(view);
     with_power(view.alpha, [&](auto exponent) {
       const Power<Real, exponent> power(view.alpha);
-      for (int64_t block = chunk.first_block; block < chunk.last_block; ++block) {
-        if (context_.is_saved(chunk.kv, block)) run(view, chunk.kv, block, next, entries, power);
-      }
+      differentiate_rows(view, RowGradient<Real, exponent>{power, view.alpha});
     });
+    if (params_.grad_query.data != nullptr) sum_keys(view);
+    if (context_.has_key_step()) split_by_ranges(chunk);
   }
 
  private:
-  template <Exponent kExponent>
-  void run(const HeadView<Element>& view, int64_t kv, int64_t block_of_kv, int32_t* next, Entry<Real>* entries,
-           const Power<Real, kExponent>& power) {
-    const SupportLayout& layout = context_.layout;
-    const int64_t first_row = block_of_kv % layout.blocks_per_head * kRowBlock;
-    const int64_t num_rows = std::min(kRowBlock, params_.num_queries - first_row);
-    const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
-    const MatrixView<Element> keys{view.key(0), params_.key.stride_row},
-        values{view.value(0), params_.value.stride_row};
-    const RowGradient<Real, kExponent> gradient{power, view.alpha};
-
-    const char* saved = context_.region(kv, block_of_kv) + SupportLayout::kHeaderBytes;
-    int64_t offset = 0;
-    for (int64_t row = 0; row < num_rows; ++row) {
-      const int64_t size = params_.support_size[context_.row_index(view, first_row + row)];
-      gap_[row] = reinterpret_cast<const Real*>(saved);
-      lists_[row] = {reinterpret_cast<const int32_t*>(saved + size * layout.real_bytes), size};
-      offset_[row] = offset;
-      saved += size * layout.entry_bytes();
-      offset += size + kLanes<Real>;  // products are written up to a vector past a range's end
-      widen_row(row_pointer<Element>(params_.grad_out, view.batch, view.head, first_row + row), value_dim,
-                grad_out_.data() + row * value_dim);
-    }
-
-    // dP on the support; what a range writes past its end is overwritten by the next one.
-    for_key_ranges(lists_, num_rows, params_.num_keys, values, value_dim,
-                   [&](int64_t row, int64_t begin, int64_t count) {
-                     gather_dot(grad_out_.data() + row * value_dim, values, value_dim, lists_[row].column + begin,
-                                count, grad_.data() + offset_[row] + begin);
+  // dP on the support; what a range of keys writes past its end is overwritten by the next one.
+  void differentiate_probs(const HeadView<Element>& view) {
+    const int64_t dim = params_.value_head_dim;
+    const MatrixView<Element> values{view.value(0), params_.value.stride_row};
+    for_key_ranges(lists_, num_rows_, params_.num_keys, values, dim,
+                   [&](int64_t i, const int32_t* column, Real* grad_prob, int64_t count) {
+                     gather_dot(grad_out_.data() + i * dim, values, dim, column, count, grad_prob);
                    });
-    for (int64_t row = 0; row < num_rows; ++row) {
-      const ColumnList& list = lists_[row];
-      Real *prob = prob_.data() + offset_[row], *grad = grad_.data() + offset_[row];
-      std::memcpy(prob, gap_[row], list.size * sizeof(Real));
-      fill_row(prob + list.size, kLanes<Real>, Real(0));
+  }
+
+  // gap -> prob and dP -> dS.
+  template <class Gradient>
+  void differentiate_rows(const HeadView<Element>& view, const Gradient& gradient) {
+    for (int64_t i = 0; i < num_rows_; ++i) {
+      const auto& [column, grad, size] = lists_[i];
+      std::memcpy(prob_[i], gap_[i], size * sizeof(Real));
+      fill_row(prob_[i] + size, kLanes<Real>, Real(0));
       if (params_.grad_alpha != nullptr) {
-        context_.alpha_rows[context_.row_index(view, first_row + row)] =
-            gradient.gradient_by_alpha(prob, grad, list.size);
+        context_.alpha_rows[context_.row_index(view, row_[i])] = gradient.gradient_by_alpha(prob_[i], grad, size);
       }
-      gradient(prob, grad, list.size);  // now prob and dS
+      gradient(prob_[i], grad, size);
       if (context_.wants_mask() && params_.mask.stride_row != 0) {
-        Real* grad_mask = context_.grad_mask_row(view, first_row + row);
-        for (int64_t j = 0; j < list.size; ++j) grad_mask[list.column[j] * params_.mask.stride_col] += grad[j];
+        Real* grad_mask = context_.grad_mask_row(view, row_[i]);
+        for (int64_t j = 0; j < size; ++j) grad_mask[column[j] * params_.mask.stride_col] += grad[j];
       }
     }
-    std::fill_n(grad_query_.data(), num_rows * key_dim, Real(0));
-    for_key_ranges(lists_, num_rows, params_.num_keys, keys, key_dim, [&](int64_t row, int64_t begin, int64_t count) {
-      const int32_t* column = lists_[row].column + begin;
-      const Real *prob = prob_.data() + offset_[row] + begin, *grad = grad_.data() + offset_[row] + begin;
-      if (params_.grad_query.data != nullptr) {
-        gather_sum<true>(keys, key_dim, column, grad, count, grad_query_.data() + row * key_dim);
+  }
+
+  void sum_keys(const HeadView<Element>& view) {
+    const int64_t dim = params_.head_dim;
+    const MatrixView<Element> keys{view.key(0), params_.key.stride_row};
+    std::fill_n(grad_query_.data(), num_rows_ * dim, Real(0));
+    for_key_ranges(lists_, num_rows_, params_.num_keys, keys, dim,
+                   [&](int64_t i, const int32_t* column, const Real* grad_score, int64_t count) {
+                     gather_sum(keys, dim, column, grad_score, count, grad_query_.data() + i * dim);
+                   });
+    for (int64_t i = 0; i < num_rows_; ++i) context_.write_grad_query(view, row_[i], grad_query_.data() + i * dim);
+  }
+
+  void split_by_ranges(const Chunk& chunk) {
+    for (int64_t i = 0; i < num_rows_; ++i) {
+      const int32_t *column = lists_[i].column, *end = column + lists_[i].size, *from = column;
+      for (int64_t range = wave_.num_ranges - 1; range >= 0; --range) {
+        from = range == 0 ? end : keys_from(from, end, range * wave_.keys_per_range);
+        wave_.range_ends(range)[chunk.wave_row + i] = static_cast<int32_t>(from - column);
       }
-      if (next == nullptr) return;
-      for (int64_t j = 0; j < count; ++j) {
-        entries[next[column[j]]++] = {static_cast<int32_t>(first_row + row), prob[j], grad[j]};
-      }
-    });
-    if (params_.grad_query.data == nullptr) return;
-    for (int64_t row = 0; row < num_rows; ++row) {
-      context_.write_grad_query(view, first_row + row, grad_query_.data() + row * key_dim);
     }
   }
 
   BackwardContext<Element>& context_;
   const AttentionBackward& params_;
-  FiledEntries<Real>& filed_;
-  // The block's saved lists, and where a row's prob and dS lie in prob_ and grad_.
-  ColumnList lists_[kRowBlock];
-  const Real* gap_[kRowBlock];
-  int64_t offset_[kRowBlock];
-  Buffer<Real> grad_out_, grad_query_;  // [kRowBlock, Dv], [kRowBlock, D]
-  Buffer<Real> prob_, grad_;            // of the block's entries
+  SupportGradients<Real>& wave_;
+  // The chunk's rows: which, what was saved of them, and what goes to the wave.
+  int64_t num_rows_ = 0;
+  int64_t row_[kGatherRows];
+  const Real* gap_[kGatherRows];
+  EntryList<Real> lists_[kGatherRows];  // columns, and dP which becomes dS
+  Real* prob_[kGatherRows];
+  Buffer<Real> grad_out_, grad_query_;  // [kGatherRows, Dv], [kGatherRows, D]
 };
 
-// The chunks [first, last) that one kv head has in a wave, and where its entries lie.
+// What is left of a row's entries in a range of keys.
+template <class Real>
+struct Segment {
+  int64_t row, size;
+  const int32_t* column;
+  const Real *prob, *grad_score;
+
+  void prefetch() const {
+    constexpr int64_t kLine = 64 / sizeof(Real);
+    for (int64_t j = 0; j < size; j += kLine) {
+      __builtin_prefetch(column + j, 0, 2);
+      __builtin_prefetch(prob + j, 0, 2);
+      __builtin_prefetch(grad_score + j, 0, 2);
+    }
+  }
+  void drop(int64_t count) {
+    size -= count;
+    column += count;
+    prob += count;
+    grad_score += count;
+  }
+};
+
+// The chunks [first, last) that one kv head has in a wave.
 struct WavePart {
-  int64_t kv, first_chunk, last_chunk, first_entry;
+  int64_t kv, first_chunk, last_chunk;
   bool is_first, is_last;  // wave with chunks of this kv head
 };
 
@@ -450,144 +513,53 @@ class ListGradients {
   using Real = Accumulator<Element>;
 
  public:
-  ListGradients(BackwardContext<Element>& context, const std::vector<Chunk>& chunks, KeyGradients<Real>& gradients,
-                const std::vector<int64_t>& slot, const Parallel& parallel)
-      : context_(context),
-        params_(context.params),
-        chunks_(chunks),
-        gradients_(gradients),
-        slot_(slot),
-        parallel_(parallel) {}
+  ListGradients(BackwardContext<Element>& context, const std::vector<Chunk>& chunks,
+                std::vector<KeyGradients<Real>>& gradients, const Parallel& parallel)
+      : context_(context), params_(context.params), chunks_(chunks), gradients_(gradients), parallel_(parallel) {
+    wave_.set_ranges(params_, context.num_kv);
+  }
+
+  int64_t row_bytes() const { return wave_.row_bytes(); }
+  int64_t keys_per_range() const { return wave_.keys_per_range; }
 
   void operator()(const std::vector<WavePart>& parts) {
-    first_chunk_ = parts.front().first_chunk;
-    num_chunks_ = parts.back().last_chunk - first_chunk_;
-    const int64_t num_keys = params_.num_keys;
-    if (!context_.wants_keys() && !context_.wants_mask()) return run_rows(parts, /*files_entries=*/false);
-    int64_t num_entries = 0;
-    for (int64_t i = 0; i < num_chunks_; ++i) num_entries += chunks_[first_chunk_ + i].num_entries;
-    filed_.data.reserve(num_entries);
-    filed_.count.reserve(num_chunks_ * num_keys);
-    run_tasks(parallel_, num_chunks_, [&] { return [&](int64_t task) { count_columns(first_chunk_ + task); }; });
-    run_tasks(parallel_, parts.size(), [&] { return [&](int64_t task) { count_to_positions(parts[task]); }; });
-    run_rows(parts, /*files_entries=*/true);
-    // A key's entries of several chunks are gathered together, unless they are so many that the rows of Q and dO which
-    // one chunk names are better kept in the cache for a whole block of keys.
-    const int64_t per_key = num_entries / (num_chunks_ * num_keys);
-    const int64_t chunks_at_once = per_key >= kEntriesPerRange / 2 ? 1 : num_chunks_;
-    const int64_t key_blocks = (num_keys + kKeyBlock - 1) / kKeyBlock;
-    run_tasks(parallel_, parts.size() * key_blocks, [&] {
-      return [&, sums = Buffer<Real>(kKeyBlock * (params_.head_dim + params_.value_head_dim))](int64_t task) mutable {
-        sum_key_block(parts[task / key_blocks], task % key_blocks * kKeyBlock, chunks_at_once, sums.data());
+    const int64_t first_chunk = parts.front().first_chunk, last_chunk = parts.back().last_chunk;
+    const Chunk& last = chunks_[last_chunk - 1];
+    wave_.num_rows = last.wave_row + last.num_rows;
+    wave_.prob.reserve(last.wave_entry + last.num_entries);
+    wave_.grad_score.reserve(last.wave_entry + last.num_entries);
+    wave_.range_end.reserve(wave_.num_rows * wave_.num_ranges);
+    run_tasks(parallel_, last_chunk - first_chunk, [&] {
+      return [&, worker = RowStepWorker<Element>(context_, wave_)](int64_t task) mutable {
+        worker(chunks_[first_chunk + task]);
+      };
+    });
+    if (!context_.has_key_step()) return;
+    run_tasks(parallel_, parts.size() * wave_.num_ranges, [&] {
+      return [&, sums = KeyGradients<Real>()](int64_t task) mutable {
+        sum_range(parts[task / wave_.num_ranges], task % wave_.num_ranges, sums);
       };
     });
   }
 
  private:
-  int32_t* count(int64_t chunk) { return filed_.count.data() + (chunk - first_chunk_) * params_.num_keys; }
-
-  void count_columns(int64_t index) {
-    const Chunk& chunk = chunks_[index];
-    int32_t* const count_of = count(index);
-    std::fill_n(count_of, params_.num_keys, 0);
-    const SupportLayout& layout = context_.layout;
-    for (int64_t block = chunk.first_block; block < chunk.last_block; ++block) {
-      if (!context_.is_saved(chunk.kv, block)) continue;
-      const HeadView<Element> view = context_.view(chunk.kv, block);
-      const char* saved = context_.region(chunk.kv, block) + SupportLayout::kHeaderBytes;
-      const int64_t first_row = block % layout.blocks_per_head * kRowBlock;
-      for (int64_t row = first_row; row < std::min(params_.num_queries, first_row + kRowBlock); ++row) {
-        const int64_t size = params_.support_size[context_.row_index(view, row)];
-        const int32_t* column = reinterpret_cast<const int32_t*>(saved + size * layout.real_bytes);
-        for (int64_t j = 0; j < size; ++j) ++count_of[column[j]];
-        saved += size * layout.entry_bytes();
-      }
-    }
-  }
-
-  // Turns the counts of a part's chunks into positions: keys first, then chunks, so that a key's entries lie together.
-  void count_to_positions(const WavePart& part) {
-    int32_t position = 0;
-    for (int64_t key = 0; key < params_.num_keys; ++key) {
-      for (int64_t chunk = part.first_chunk; chunk < part.last_chunk; ++chunk) {
-        position += std::exchange(count(chunk)[key], position);
-      }
-    }
-  }
-
-  void run_rows(const std::vector<WavePart>& parts, bool files_entries) {
-    std::vector<int64_t> first_entry;
-    for (const WavePart& part : parts)
-      first_entry.insert(first_entry.end(), part.last_chunk - part.first_chunk, part.first_entry);
-    run_tasks(parallel_, num_chunks_, [&] {
-      return [&, worker = RowStepWorker<Element>(context_, filed_)](int64_t task) mutable {
-        worker(chunks_[first_chunk_ + task], files_entries ? count(first_chunk_ + task) : nullptr, first_entry[task]);
-      };
-    });
-  }
-
-  // Where the entries of a key from chunks before `chunk` end: the last chunk of the key before is where its own begin.
-  int64_t entries_end(const WavePart& part, int64_t chunk, int64_t key) {
-    if (chunk > part.first_chunk) return part.first_entry + count(chunk - 1)[key];
-    return part.first_entry + (key == 0 ? 0 : count(part.last_chunk - 1)[key - 1]);
-  }
-
-  // The rows of Q and dO that the next key's first entries name.
-  static void prefetch_rows(const MatrixView<Element>& queries, int64_t key_dim, const MatrixView<Element>& grad_outs,
-                            int64_t value_dim, const Entry<Real>* begin, const Entry<Real>* end) {
-    constexpr int64_t kPrefetchedEntries = 16, kLine = 64 / sizeof(Element);
-    for (const Entry<Real>* entry = begin; entry < std::min(end, begin + kPrefetchedEntries); ++entry) {
-      for (int64_t d = 0; d < key_dim; d += kLine) __builtin_prefetch(queries.row(entry->row) + d);
-      for (int64_t d = 0; d < value_dim; d += kLine) __builtin_prefetch(grad_outs.row(entry->row) + d);
-    }
-  }
-
-  // dK and dV of a block of keys from the entries filed under them.
-  void sum_key_block(const WavePart& part, int64_t first_key, int64_t chunks_at_once, Real* sums) {
-    const int64_t last_key = std::min(params_.num_keys, first_key + kKeyBlock), slot = slot_[part.kv];
+  // dK and dV of a range of keys: what every row adds, row after row.
+  void sum_range(const WavePart& part, int64_t range, KeyGradients<Real>& sums) {
+    const int64_t first_key = range * wave_.keys_per_range;
+    const int64_t num_keys = std::min(params_.num_keys - first_key, wave_.keys_per_range);
     const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
-    Real* key_sums = slot < 0 ? sums : gradients_.key(slot, first_key);
-    Real* value_sums = slot < 0 ? sums + kKeyBlock * key_dim : gradients_.value(slot, first_key);
-    if (slot < 0) std::fill_n(sums, kKeyBlock * (key_dim + value_dim), Real(0));
-    for (int64_t chunk = part.first_chunk; chunk < part.last_chunk;) {
-      // Up to chunks_at_once chunks, of one query head.
-      int64_t next = chunk + 1;
-      while (next < part.last_chunk && next - chunk < chunks_at_once &&
-             chunks_[next].first_block % context_.layout.blocks_per_head != 0) {
-        ++next;
-      }
-      const HeadView<Element> view = context_.view(part.kv, chunks_[chunk].first_block);
-      const MatrixView<Element> queries{view.query(0), params_.query.stride_row};
-      const MatrixView<Element> grad_outs{row_pointer<Element>(params_.grad_out, view.batch, view.head),
-                                          params_.grad_out.stride_row};
-      for (int64_t key = first_key; key < last_key; ++key) {
-        const int64_t begin = entries_end(part, chunk, key), size = entries_end(part, next, key) - begin;
-        const Entry<Real>* entries = filed_.data.data() + begin;
-        prefetch_rows(queries, key_dim, grad_outs, value_dim, entries + size,
-                      filed_.data.data() + entries_end(part, next, last_key - 1));
-        const auto row_of = [=](int64_t j) { return entries[j].row; };
-        if (params_.grad_key.data != nullptr) {
-          gather_sum<true>(
-              queries, key_dim, size, row_of, [=](int64_t j) { return entries[j].grad_score; },
-              key_sums + (key - first_key) * key_dim);
-        }
-        if (params_.grad_value.data != nullptr) {
-          gather_sum<true>(
-              grad_outs, value_dim, size, row_of, [=](int64_t j) { return entries[j].prob; },
-              value_sums + (key - first_key) * value_dim);
-        }
-        if (context_.wants_mask() && params_.mask.stride_row == 0) {
-          Real sum = 0;
-          for (int64_t j = 0; j < size; ++j) sum += entries[j].grad_score;
-          context_.grad_mask_row(view, 0)[key * params_.mask.stride_col] += sum;
-        }
-      }
-      chunk = next;
+    KeyGradients<Real>& kept = gradients_[part.kv];
+    const bool is_kept = first_key < kept.num_keys;
+    if (!is_kept) sums.set_zero(num_keys, params_);
+    Real* key_sums = is_kept ? kept.key(first_key) : sums.key(0);
+    Real* value_sums = is_kept ? kept.value(first_key) : sums.value(0);
+    for (int64_t index = part.first_chunk; index < part.last_chunk; ++index) {
+      add_chunk(chunks_[index], range, key_sums - first_key * key_dim, value_sums - first_key * value_dim);
     }
     if (!part.is_last) return;
     const auto write = [&](const Rows& grad, int64_t dim, const Real* from, Real factor) {
       if (grad.data == nullptr) return;
-      for (int64_t key = first_key; key < last_key; ++key, from += dim) {
+      for (int64_t key = first_key; key < first_key + num_keys; ++key, from += dim) {
         Element* to =
             mutable_row_pointer<Element>(grad, part.kv / params_.num_kv_heads, part.kv % params_.num_kv_heads, key);
         for (int64_t d = 0; d < dim; d += kLanes<Real>) store(to + d, load(from + d) * factor);
@@ -597,14 +569,59 @@ class ListGradients {
     write(params_.grad_value, value_dim, value_sums, Real(1));
   }
 
+  // key_sums and value_sums are those of key 0. A few keys at a time, whose sums stay in the L1 cache.
+  void add_chunk(const Chunk& chunk, int64_t range, Real* key_sums, Real* value_sums) {
+    constexpr int64_t kEntriesAtOnce = 4;  // of a row, on average: what it costs to load a row once more
+    const HeadView<Element> view = context_.view(chunk.kv, chunk.first_block);
+    const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
+    Segment<Real> segments[kGatherRows];
+    int64_t num_segments = 0, num_entries = 0, i = chunk.wave_row, entry = chunk.wave_entry;
+    for_saved_rows(context_, chunk, [&](int64_t row, const EntryList<const Real>& list) {
+      const int64_t begin = range + 1 == wave_.num_ranges ? 0 : wave_.range_ends(range + 1)[i];
+      const int64_t size = wave_.range_ends(range)[i] - begin;
+      if (size > 0) {
+        segments[num_segments++] = {row, size, list.column + begin, wave_.prob.data() + entry + begin,
+                                    wave_.grad_score.data() + entry + begin};
+        segments[num_segments - 1].prefetch();
+      }
+      num_entries += size;
+      ++i;
+      entry += list.size + kLanes<Real>;
+    });
+    if (num_entries == 0) return;
+    const int64_t panels = kEntriesAtOnce * num_segments * wave_.keys_per_range / num_entries / kPanelCols + 1;
+    const int64_t range_begin = range * wave_.keys_per_range;
+    for (int64_t last_key = range_begin + wave_.keys_per_range; last_key > range_begin;) {
+      const int64_t first_key = std::max(range_begin, last_key - panels * kPanelCols);
+      for (int64_t s = 0; s < num_segments; ++s) {
+        Segment<Real>& segment = segments[s];
+        int64_t count = 0;
+        while (count < segment.size && segment.column[count] >= first_key) ++count;
+        if (params_.grad_key.data != nullptr) {
+          scatter_sum(view.query(segment.row), key_dim, segment.column, segment.grad_score, count, key_sums);
+        }
+        if (params_.grad_value.data != nullptr) {
+          scatter_sum(row_pointer<Element>(params_.grad_out, view.batch, view.head, segment.row), value_dim,
+                      segment.column, segment.prob, count, value_sums);
+        }
+        if (context_.wants_mask() && params_.mask.stride_row == 0) {
+          Real* grad_mask = context_.grad_mask_row(view, 0);
+          for (int64_t j = 0; j < count; ++j) {
+            grad_mask[segment.column[j] * params_.mask.stride_col] += segment.grad_score[j];
+          }
+        }
+        segment.drop(count);
+      }
+      last_key = first_key;
+    }
+  }
+
   BackwardContext<Element>& context_;
   const AttentionBackward& params_;
   const std::vector<Chunk>& chunks_;
-  KeyGradients<Real>& gradients_;
-  const std::vector<int64_t>& slot_;
+  std::vector<KeyGradients<Real>>& gradients_;
   const Parallel& parallel_;
-  FiledEntries<Real> filed_;
-  int64_t first_chunk_ = 0, num_chunks_ = 0;  // of the wave at hand
+  SupportGradients<Real> wave_;
 };
 
 // ---- the whole pass
@@ -612,21 +629,16 @@ class ListGradients {
 
 template <class Element>
 std::vector<Chunk> make_chunks(const BackwardContext<Element>& context) {
-  const AttentionBackward& params = context.params;
   const int64_t blocks_per_head = context.layout.blocks_per_head;
   std::vector<Chunk> chunks;
   for (int64_t kv = 0; kv < context.num_kv; ++kv) {
     for (int64_t first = 0; first < context.blocks_per_kv;) {
       const int64_t head_end = (first / blocks_per_head + 1) * blocks_per_head;
-      Chunk chunk{kv, first, std::min(first + kChunkBlocks, head_end), 0};
-      for (int64_t block = first; block < chunk.last_block; ++block) {
-        if (!context.is_saved(kv, block)) continue;
-        const int64_t first_row = block % blocks_per_head * kRowBlock,
-                      row_index = context.row_index(context.view(kv, block), 0);
-        for (int64_t row = first_row; row < std::min(params.num_queries, first_row + kRowBlock); ++row) {
-          chunk.num_entries += params.support_size[row_index + row];
-        }
-      }
+      Chunk chunk{kv, first, std::min(first + context.layout.gather_blocks, head_end)};
+      for_saved_rows(context, chunk, [&](int64_t, const auto& list) {
+        ++chunk.num_rows;
+        chunk.num_entries += list.size + kLanes<Accumulator<Element>>;
+      });
       chunks.push_back(chunk);
       first = chunk.last_block;
     }
@@ -634,30 +646,30 @@ std::vector<Chunk> make_chunks(const BackwardContext<Element>& context) {
   return chunks;
 }
 
-// Consecutive chunks, as many as kWaveBytes allow, split by kv head. Where the mask's gradient is wanted a wave has one
-// query head, so that heads which share elements of the mask add to them one after the other.
+// Consecutive chunks, as many as most_bytes allow, split by kv head. Where elements of the mask's gradient are shared a
+// wave has one query head, so that heads add to them one after the other.
 template <class Element>
-std::vector<std::vector<WavePart>> make_waves(const BackwardContext<Element>& context,
-                                              const std::vector<Chunk>& chunks) {
-  using Real = Accumulator<Element>;
-  const int64_t entry_bytes = sizeof(Entry<Real>);
+std::vector<std::vector<WavePart>> make_waves(const BackwardContext<Element>& context, int64_t most_bytes,
+                                              int64_t row_bytes, std::vector<Chunk>& chunks) {
+  constexpr int64_t kEntryBytes = 2 * sizeof(Accumulator<Element>);
   std::vector<std::vector<WavePart>> waves;
-  int64_t bytes = 0, entries = 0;
+  int64_t rows = 0, entries = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(chunks.size()); ++i) {
-    const Chunk& chunk = chunks[i];
-    const int64_t chunk_bytes =
-        chunk.num_entries * entry_bytes + context.params.num_keys * static_cast<int64_t>(sizeof(int32_t));
+    Chunk& chunk = chunks[i];
     const bool starts_head = chunk.first_block % context.layout.blocks_per_head == 0;
-    if (waves.empty() || bytes + chunk_bytes > kWaveBytes || (context.wants_mask() && starts_head)) {
+    const int64_t bytes = (entries + chunk.num_entries) * kEntryBytes + (rows + chunk.num_rows) * row_bytes;
+    if (waves.empty() || bytes > most_bytes || (context.shares_mask() && starts_head)) {
       waves.emplace_back();
-      bytes = entries = 0;
+      rows = entries = 0;
     }
     auto& parts = waves.back();
     const bool is_first = i == 0 || chunks[i - 1].kv != chunk.kv;
-    if (parts.empty() || parts.back().kv != chunk.kv) parts.push_back({chunk.kv, i, i, entries, is_first, false});
+    if (parts.empty() || parts.back().kv != chunk.kv) parts.push_back({chunk.kv, i, i, is_first, false});
     parts.back().last_chunk = i + 1;
     parts.back().is_last = i + 1 == static_cast<int64_t>(chunks.size()) || chunks[i + 1].kv != chunk.kv;
-    bytes += chunk_bytes;
+    chunk.wave_row = rows;
+    chunk.wave_entry = entries;
+    rows += chunk.num_rows;
     entries += chunk.num_entries;
   }
   return waves;
@@ -685,29 +697,28 @@ void backward_typed(const AttentionBackward& params, const Parallel& parallel) {
     return;
   }
   BackwardContext<Element> context(params);
-  const std::vector<Chunk> chunks = make_chunks(context);
-  const auto waves = make_waves(context, chunks);
+  std::vector<Chunk> chunks = make_chunks(context);
+  std::vector<KeyGradients<Real>> gradients(context.num_kv);
+  ListGradients<Element> lists(context, chunks, gradients, parallel);
+  const int64_t wave_bytes = std::min(kMostWaveBytes, kWaveBytesPerThread * parallel.num_threads);
+  const auto waves = make_waves(context, wave_bytes, lists.row_bytes(), chunks);
+  const std::vector<StripHead> strips = find_strips(context);
 
-  // Which kv heads need their sums kept: those with strips, and those that are in several waves.
-  std::vector<int64_t> slot(context.num_kv, -1), with_strips;
-  int64_t num_slots = 0;
-  for (int64_t kv = 0; kv < context.num_kv; ++kv) {
-    for (int64_t block = 0; block < context.blocks_per_kv; ++block) {
-      if (context.is_saved(kv, block)) continue;
-      with_strips.push_back(kv);
-      slot[kv] = num_slots++;
-      break;
-    }
-  }
+  // What must be kept: the ranges of keys that strips see, and all of them for heads that are in several waves.
+  const int64_t range = lists.keys_per_range();
+  std::vector<int64_t> num_kept(context.num_kv, 0);
+  for (const StripHead& head : strips) num_kept[head.kv] = (head.num_keys + range - 1) / range * range;
   for (const auto& wave : waves) {
     for (const WavePart& part : wave) {
-      if (slot[part.kv] < 0 && !(part.is_first && part.is_last)) slot[part.kv] = num_slots++;
+      if (!(part.is_first && part.is_last)) num_kept[part.kv] = (params.num_keys + range - 1) / range * range;
     }
   }
-  KeyGradients<Real> gradients;
-  gradients.reserve(num_slots, params);
-  if (!with_strips.empty()) differentiate_strips(context, with_strips, gradients, slot, parallel);
-  ListGradients<Element> lists(context, chunks, gradients, slot, parallel);
+  run_tasks(parallel, context.num_kv, [&] {
+    return [&](int64_t kv) {
+      if (num_kept[kv] > 0) gradients[kv].set_zero(num_kept[kv], params);
+    };
+  });
+  if (!strips.empty()) differentiate_strips(context, strips, gradients, parallel);
   for (const auto& wave : waves) lists(wave);
 
   if (params.grad_alpha != nullptr) {

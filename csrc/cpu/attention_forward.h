@@ -1,4 +1,4 @@
-// Forward pass: scan -> tau -> output, one task per (batch, head, block of kRowBlock queries).
+// Forward pass: scan -> tau -> output, one task per (batch, head, a few blocks of kRowBlock queries).
 //
 // In:  query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), masks.
 // Out: out (B, H, Nq, Dv), tau and support_size (B, H, Nq), the support (support_layout.h), block_mask on request.
@@ -13,7 +13,7 @@
 
 namespace adasplash2::cpu::ADASPLASH2_ISA {
 
-// The keys (or values) of every kv head in panels of float. A head is packed when it is first asked for.
+// The keys (or values) of every kv head in panels of float. A panel is packed when it is first asked for.
 template <class Element>
 class PackedPanels {
   using Real = Accumulator<Element>;
@@ -24,25 +24,34 @@ class PackedPanels {
         matrix_(matrix),
         depth_(depth),
         panels_per_head_((problem.num_keys + kPanelCols - 1) / kPanelCols),
-        is_packed_(std::make_unique<std::once_flag[]>(problem.batch * problem.num_kv_heads)) {
-    data_.reserve(problem.batch * problem.num_kv_heads * panels_per_head_ * panel_size());
+        is_packed_(std::make_unique<std::once_flag[]>(num_panels())) {
+    data_.reserve(num_panels() * panel_size(), Use::kSparse);
   }
 
   int64_t panel_size() const { return depth_ * kPanelCols; }
 
-  const Real* head(int64_t kv_index) {
-    Real* data = data_.data() + kv_index * panels_per_head_ * panel_size();
-    std::call_once(is_packed_[kv_index], [&] {
-      for (int64_t panel = 0; panel < panels_per_head_; ++panel) {
-        const int64_t first = panel * kPanelCols, kv_heads = problem_.num_kv_heads;
-        pack_panel(row_pointer<Element>(matrix_, kv_index / kv_heads, kv_index % kv_heads, first), matrix_.stride_row,
-                   std::min<int64_t>(kPanelCols, problem_.num_keys - first), depth_, data + panel * panel_size());
-      }
-    });
-    return data;
+  // The first num_panels panels of a head.
+  const Real* head(int64_t kv_index, int64_t num_panels) {
+    for (int64_t panel = 0; panel < num_panels; ++panel) pack(kv_index * panels_per_head_ + panel);
+    return data_.data() + kv_index * panels_per_head_ * panel_size();
+  }
+
+  void pack_all(const Parallel& parallel) {
+    run_tasks(parallel, num_panels(), [&] { return [&](int64_t task) { pack(task); }; });
   }
 
  private:
+  int64_t num_panels() const { return problem_.batch * problem_.num_kv_heads * panels_per_head_; }
+
+  void pack(int64_t index) {
+    std::call_once(is_packed_[index], [&] {
+      const int64_t kv_index = index / panels_per_head_, first = index % panels_per_head_ * kPanelCols;
+      const int64_t kv_heads = problem_.num_kv_heads;
+      pack_panel(row_pointer<Element>(matrix_, kv_index / kv_heads, kv_index % kv_heads, first), matrix_.stride_row,
+                 std::min<int64_t>(kPanelCols, problem_.num_keys - first), depth_, data_.data() + index * panel_size());
+    });
+  }
+
   const AttentionProblem& problem_;
   const Rows& matrix_;
   const int64_t depth_, panels_per_head_;
@@ -61,6 +70,7 @@ struct ScanKeys {
       : panels(problem, problem.key, problem.head_dim),
         is_quantized(has_quantized_scan() && !std::is_same_v<Element, double> && problem.mask.data == nullptr &&
                      problem.num_keys >= kQuantizedKeys && problem.head_dim <= 512) {
+    if (!is_quantized) panels.pack_all(parallel);
     if constexpr (!std::is_same_v<Element, double>) {
       if (!is_quantized) return;
       quantized.reserve(problem);
@@ -117,11 +127,13 @@ void mark_unmasked(const HeadView<Element>& view, const RowBlock& block, const B
 // ---- lists or strips
 // --------------------------------------------------------------------------------------------------
 
-constexpr int64_t kStripKeys = 256;     // problems of so few keys are always done in strips
-constexpr float kStripDensity = 0.12f;  // strips are faster where rows keep more than this part of their keys
-constexpr int64_t kFirstEstimate = 4;   // panels scanned before the first estimate of that part; then 8, 16, ...
-constexpr int64_t kEstimatedRows = 8;   // every so many rows are asked
-constexpr int64_t kSampledCols = 256;   // of a strip row, for the first guess at its tau
+constexpr int64_t kStripKeys = 256;  // problems of so few keys are always done in strips
+// Strips are faster where rows keep more than this part of their keys; yet a list of a few keys costs little whatever
+// part it is (the first rows of a causal problem).
+constexpr float kStripDensity = 0.20f, kStripSupport = 256;
+constexpr int64_t kFirstEstimate = 4;  // panels scanned before the first estimate of that part; then 8, 16, ...
+constexpr int64_t kEstimatedRows = 8;  // every so many rows are asked
+constexpr int64_t kSampledCols = 256;  // of a strip row, for the first guess at its tau
 
 // ---- one task
 // ---------------------------------------------------------------------------------------------------------
@@ -135,15 +147,24 @@ class ForwardWorker {
       : params_(params), keys_(keys), layout_(params), lists_(std::make_unique<RowLists<Real>>()) {
     groups_.reserve(kRowBlock * params.head_dim);
     query_rows_.reserve(kRowBlock * params.head_dim);
-    out_rows_.reserve(kRowBlock * params.value_head_dim);
+    out_rows_.reserve(kGatherRows * params.value_head_dim);
+  }
+
+  static int64_t tasks_per_head(const SupportLayout& layout) {
+    return (layout.blocks_per_head + layout.gather_blocks - 1) / layout.gather_blocks;
   }
 
   void operator()(int64_t task) {
-    const int64_t head = task / layout_.blocks_per_head;
+    const int64_t num_tasks = tasks_per_head(layout_), head = task / num_tasks;
     const HeadView<Element> view(params_, head / params_.num_heads, head % params_.num_heads);
     // Causal rows see more keys the later they come: the longest tasks go first.
-    const int64_t block = layout_.blocks_per_head - 1 - task % layout_.blocks_per_head;
-    with_power(view.alpha, [&](auto exponent) { run<exponent>(view, block); });
+    const int64_t first = (num_tasks - 1 - task % num_tasks) * layout_.gather_blocks;
+    with_power(view.alpha, [&](auto exponent) {
+      for (int64_t block = first; block < std::min(layout_.blocks_per_head, first + layout_.gather_blocks); ++block) {
+        run<exponent>(view, block);
+      }
+    });
+    sum_values(view);
   }
 
  private:
@@ -151,20 +172,19 @@ class ForwardWorker {
   void run(const HeadView<Element>& view, int64_t block_index) {
     const RowBlock block(view, block_index);
     const Power<Real, kExponent> power(view.alpha);
-    begin_block(view, block, block_index);
+    begin_block(view, block);
     if (params_.num_keys > kStripKeys && scan(view, block, power)) {
       for (int64_t row = 0; row < block.num_rows; ++row) prune(*lists_, row, power, view.units.unit);
       if (!is_exact_) score_candidates(view, block);
       for (int64_t row = 0; row < block.num_rows; ++row) solve_row(view, block, row, power);
-      if (saved_block_ != nullptr) *saved_block_ = entries_used_ <= layout_.block_capacity;
-      sum_values(view, block);
+      keep_block(view, block, view.index() * layout_.blocks_per_head + block_index, power);
     } else {
       run_strips(view, block, power);
     }
   }
 
   // Where this block's results go.
-  void begin_block(const HeadView<Element>& view, const RowBlock& block, int64_t block_index) {
+  void begin_block(const HeadView<Element>& view, const RowBlock& block) {
     const int64_t first = view.index() * params_.num_queries + block.first_row;
     tau_ = static_cast<Real*>(params_.tau) + first;
     support_size_ = params_.support_size + first;
@@ -172,10 +192,6 @@ class ForwardWorker {
     if (block_mask_.data != nullptr) mark_unmasked(view, block, block_mask_);
     char* support = static_cast<char*>(params_.support);
     origins_ = support == nullptr ? nullptr : reinterpret_cast<Real*>(support + layout_.origin_offset(first));
-    char* region = support == nullptr ? nullptr : support + layout_.block_offset(view.index(), block_index);
-    saved_block_ = reinterpret_cast<int64_t*>(region);
-    entries_ = region == nullptr ? nullptr : region + SupportLayout::kHeaderBytes;
-    entries_used_ = 0;
   }
 
   void set_row(int64_t row, Real score_max, Real tau_shifted, Real unit, int64_t support_size) {
@@ -200,7 +216,7 @@ class ForwardWorker {
       scan_one(view, block, packed_keys, kv_index, panel, power);
       const int64_t num_scanned = block.num_panels - panel;
       if (num_scanned == next_estimate && panel > 0) {
-        if (estimated_density(view, block, num_scanned, power) > kStripDensity) return false;
+        if (prefers_strips(view, block, num_scanned, power)) return false;
         next_estimate *= 2;
       }
     }
@@ -217,15 +233,14 @@ class ForwardWorker {
     scan_panel(view, block, groups_.data(), packed_keys + panel * keys_.panels.panel_size(), panel, power, *lists_);
   }
 
-  // The part of their keys that the rows will keep, from the panels scanned so far (the last ones). An estimate: it
-  // decides how the block is computed, never what. It depends on the data alone, so the choice is the same on every
-  // run.
+  // From the part of their keys that the rows will keep, estimated by the panels scanned so far (the last ones). It
+  // decides how the block is computed, never what, and depends on the data alone: the same choice on every run.
   template <Exponent kExponent>
-  float estimated_density(const HeadView<Element>& view, const RowBlock& block, int64_t num_scanned,
-                          const Power<Real, kExponent>& power) {
+  bool prefers_strips(const HeadView<Element>& view, const RowBlock& block, int64_t num_scanned,
+                      const Power<Real, kExponent>& power) {
     const Real unit = view.units.unit;
     const int64_t first_key = (block.num_panels - num_scanned) * kPanelCols;
-    int64_t kept = 0, seen = 0;
+    int64_t kept = 0, seen = 0, visible = 0, num_rows = 0;
     for (int64_t row = 0; row < block.num_rows; row += kEstimatedRows) {
       const int64_t num_seen = block.key_end[row] - first_key, size = lists_->size[row];
       if (num_seen < kPanelCols || lists_->is_poisoned[row] || size == 0) continue;
@@ -236,15 +251,19 @@ class ForwardWorker {
       const Real t = list_sampled_tau(power, lists_->score[row], size, score_max, start, unit, fraction);
       kept += list_count_above(lists_->score[row], size, score_max + t);
       seen += num_seen;
+      visible += block.key_end[row];
+      ++num_rows;
     }
-    return seen == 0 ? 0.0f : static_cast<float>(kept) / static_cast<float>(seen);
+    if (num_rows == 0) return false;
+    const float density = static_cast<float>(kept) / static_cast<float>(seen);
+    return density > kStripDensity && density * static_cast<float>(visible / num_rows) > kStripSupport;
   }
 
   // The block's queries and the head's keys in float.
   const Real* pack(const HeadView<Element>& view, const RowBlock& block, int64_t kv_index) {
     pack_groups(view.query(block.first_row), params_.query.stride_row, block.num_rows, params_.head_dim,
                 view.units.query_factor, groups_.data());
-    return keys_.panels.head(kv_index);
+    return keys_.panels.head(kv_index, block.num_panels);
   }
 
   bool quantize(const HeadView<Element>& view, const RowBlock& block, int64_t kv_index) {
@@ -267,21 +286,20 @@ class ForwardWorker {
   void score_candidates(const HeadView<Element>& view, const RowBlock& block) {
     const int64_t dim = params_.head_dim;
     for (int64_t row = 0; row < block.num_rows; ++row) {
-      columns_[row] = {lists_->column[row], lists_->size[row]};
+      entries_[row] = {lists_->column[row], lists_->score[row], lists_->size[row]};
       const Element* query = view.query(block.first_row + row);
       for (int64_t d = 0; d < dim; d += kLanes<Real>) {
         store(query_rows_.data() + row * dim + d, load(query + d) * view.units.query_factor);
       }
     }
     const MatrixView<Element> keys{view.key(0), params_.key.stride_row};
-    for_key_ranges(columns_, block.num_rows, params_.num_keys, keys, dim,
-                   [&](int64_t row, int64_t begin, int64_t count) {
-                     gather_dot(query_rows_.data() + row * dim, keys, dim, columns_[row].column + begin, count,
-                                lists_->score[row] + begin);
+    for_key_ranges(entries_, block.num_rows, params_.num_keys, keys, dim,
+                   [&](int64_t row, const int32_t* column, Real* score, int64_t count) {
+                     gather_dot(query_rows_.data() + row * dim, keys, dim, column, count, score);
                    });
   }
 
-  // Scores -> tau, gaps (saved) and probabilities (kept in the lists).
+  // Scores -> tau and gaps; the lists keep the support only.
   template <Exponent kExponent>
   void solve_row(const HeadView<Element>& view, const RowBlock& block, int64_t row,
                  const Power<Real, kExponent>& power) {
@@ -304,39 +322,61 @@ class ForwardWorker {
     for (int64_t j = 0; j < size; j += kLanes<Real>)
       store(score + j, ((load(score + j) - score_max) - tau_shifted) * unit);
     pad(score, size);
-    size = list_keep_above(score, column, size, Real(0));  // scores have become gaps
+    size = list_keep_above(score, column, size, Real(0));
     lists_->size[row] = static_cast<int32_t>(size);
     set_row(row, score_max, tau_shifted, unit, size);
-    if (entries_ != nullptr && entries_used_ + size <= layout_.block_capacity) {
-      char* saved = entries_ + entries_used_ * layout_.entry_bytes();
-      std::memcpy(saved, score, size * sizeof(Real));
-      std::memcpy(saved + size * sizeof(Real), column, size * sizeof(int32_t));
-    }
-    entries_used_ += size;
     if (block_mask_.data != nullptr) {
       for (int64_t j = 0; j < size; ++j) block_mask_.mark(block.first_row + row, column[j], kTileLive);
     }
-    pad(score, size);
-    for (int64_t j = 0; j < size; j += kLanes<Real>)
-      store(score + j, power.prob(max<Real>(load(score + j), Vector<Real>{})));
   }
 
-  void sum_values(const HeadView<Element>& view, const RowBlock& block) {
+  // Saves the gaps of a block for the backward pass, and keeps its probabilities until sum_values().
+  template <Exponent kExponent>
+  void keep_block(const HeadView<Element>& view, const RowBlock& block, int64_t block_index,
+                  const Power<Real, kExponent>& power) {
+    int64_t num_entries = 0;
+    for (int64_t row = 0; row < block.num_rows; ++row) num_entries += lists_->size[row];
+    char* saved = params_.support == nullptr ? nullptr : layout_.take_block(params_.support, block_index, num_entries);
+    const int64_t needed = num_entries + block.num_rows * kLanes<Real>;
+    if (kept_entries_ + needed > kept_prob_.size()) sum_values(view);
+    kept_prob_.reserve(std::max(needed, kGatherRows * kSavedPerRow));
+    kept_column_.reserve(kept_prob_.size());
+    for (int64_t row = 0; row < block.num_rows; ++row) {
+      const int64_t size = lists_->size[row];
+      Real *gap = lists_->score[row], *prob = kept_prob_.data() + kept_entries_;
+      int32_t* column = kept_column_.data() + kept_entries_;
+      if (saved != nullptr) {
+        std::memcpy(saved, gap, size * sizeof(Real));
+        std::memcpy(saved + size * sizeof(Real), lists_->column[row], size * sizeof(int32_t));
+        saved += size * layout_.entry_bytes();
+      }
+      pad(gap, size);
+      for (int64_t j = 0; j < size; j += kLanes<Real>)
+        store(prob + j, power.prob(max<Real>(load(gap + j), Vector<Real>{})));
+      std::memcpy(column, lists_->column[row], size * sizeof(int32_t));
+      kept_row_[num_kept_] = block.first_row + row;
+      kept_[num_kept_++] = {column, prob, size};
+      kept_entries_ += size + kLanes<Real>;
+    }
+  }
+
+  // The output of all rows that were kept.
+  void sum_values(const HeadView<Element>& view) {
     const int64_t dim = params_.value_head_dim;
     const MatrixView<Element> values{view.value(0), params_.value.stride_row};
-    std::fill_n(out_rows_.data(), block.num_rows * dim, Real(0));
-    for (int64_t row = 0; row < block.num_rows; ++row) columns_[row] = {lists_->column[row], lists_->size[row]};
-    for_key_ranges(columns_, block.num_rows, params_.num_keys, values, dim,
-                   [&](int64_t row, int64_t begin, int64_t count) {
-                     gather_sum<true>(values, dim, columns_[row].column + begin, lists_->score[row] + begin, count,
-                                      out_rows_.data() + row * dim);
+    std::fill_n(out_rows_.data(), num_kept_ * dim, Real(0));
+    for_key_ranges(kept_, num_kept_, params_.num_keys, values, dim,
+                   [&](int64_t i, const int32_t* column, const Real* prob, int64_t count) {
+                     gather_sum(values, dim, column, prob, count, out_rows_.data() + i * dim);
                    });
-    for (int64_t row = 0; row < block.num_rows; ++row) write_out(view, block, row, out_rows_.data() + row * dim);
+    for (int64_t i = 0; i < num_kept_; ++i) write_out(view, kept_row_[i], out_rows_.data() + i * dim);
+    num_kept_ = kept_entries_ = 0;
   }
 
-  void write_out(const HeadView<Element>& view, const RowBlock& block, int64_t row, const Real* out) {
-    Element* to = mutable_row_pointer<Element>(params_.out, view.batch, view.head, block.first_row + row);
-    if (tau_[row] != tau_[row]) fill_row(to, params_.value_head_dim, tau_[row]);
+  void write_out(const HeadView<Element>& view, int64_t row, const Real* out) {
+    Element* to = mutable_row_pointer<Element>(params_.out, view.batch, view.head, row);
+    const Real tau = static_cast<const Real*>(params_.tau)[view.index() * params_.num_queries + row];
+    if (tau != tau) fill_row(to, params_.value_head_dim, tau);
     else convert_row(out, params_.value_head_dim, to);
   }
 
@@ -352,17 +392,19 @@ class ForwardWorker {
         solve_strip_row(view, block, row, strip_.row(row - first), num_cols, power);
       }
       // Rows that fill up the last group have probabilities of no meaning; their output is not written.
-      std::memset(out_rows_.data(), 0, strip_.rows * dim * sizeof(Real));
+      std::memset(strip_out_.reserve(strip_.rows * dim), 0, strip_.rows * dim * sizeof(Real));
       for (int64_t first_key = 0; first_key < num_cols; first_key += kPanelCols) {
         const MatrixView<Element> values{view.value(first_key), params_.value.stride_row};
         const int64_t count = std::min<int64_t>(kPanelCols, params_.num_keys - first_key);
         const bool are_finite = all_finite(values, count, dim);
         for (int64_t row = first; row < last; row += kTileRows) {
           accumulate_rows(strip_.row(row - first) + first_key, strip_.stride, values, count, dim,
-                          out_rows_.data() + (row - first) * dim, are_finite);
+                          strip_out_.data() + (row - first) * dim, are_finite);
         }
       }
-      for (int64_t row = first; row < last; ++row) write_out(view, block, row, out_rows_.data() + (row - first) * dim);
+      for (int64_t row = first; row < last; ++row) {
+        write_out(view, block.first_row + row, strip_out_.data() + (row - first) * dim);
+      }
     }
   }
 
@@ -405,23 +447,28 @@ class ForwardWorker {
   bool is_exact_ = true;     // the lists hold scores, not candidates by quantised scores
   Buffer<Real> groups_;      // the block's queries, packed
   Buffer<Real> query_rows_;  // [kRowBlock, D], times query_factor
-  ColumnList columns_[kRowBlock];
-  Buffer<Real> out_rows_;  // [kRowBlock, Dv]
+  EntryList<Real> entries_[kRowBlock];
   std::unique_ptr<RowLists<Real>> lists_;
+  // Rows that wait for sum_values().
+  Buffer<Real> kept_prob_;
+  Buffer<int32_t> kept_column_;
+  int64_t kept_entries_ = 0, num_kept_ = 0;
+  int64_t kept_row_[kGatherRows];
+  EntryList<Real> kept_[kGatherRows];
+  Buffer<Real> out_rows_;  // [kGatherRows, Dv]
   Strip<Real> strip_;
+  Buffer<Real> strip_out_;  // [strip rows, Dv]
   Real* tau_ = nullptr;
   int32_t* support_size_ = nullptr;
   BlockMaskView block_mask_;
   Real* origins_ = nullptr;
-  int64_t* saved_block_ = nullptr;
-  char* entries_ = nullptr;
-  int64_t entries_used_ = 0;
 };
 
 template <class Element>
 void forward_typed(const AttentionForward& params, const Parallel& parallel) {
   ScanKeys<Element> keys(params, parallel);
-  const int64_t num_tasks = params.batch * params.num_heads * SupportLayout(params).blocks_per_head;
+  const int64_t num_tasks =
+      params.batch * params.num_heads * ForwardWorker<Element>::tasks_per_head(SupportLayout(params));
   run_tasks(parallel, num_tasks, [&] { return ForwardWorker<Element>(params, keys); });
 }
 

@@ -76,11 +76,11 @@ template <class Real>
 struct Sums {
   Real prob;
   Real weight;
-  Real count;  // of gaps above zero
+  Real count;  // of gaps above zero, where it is asked for
 };
 
 // Sums at gap = unit * ((score - origin) - t).
-template <class Real, Exponent kExponent>
+template <bool kCounts, class Real, Exponent kExponent>
 ADASPLASH2_INLINE Sums<Real> list_sums(const Power<Real, kExponent>& power, const Real* score, int64_t size,
                                        Real origin, Real t, Real unit) {
   Vector<Real> prob_sum = {}, weight_sum = {}, count = {};
@@ -90,11 +90,9 @@ ADASPLASH2_INLINE Sums<Real> list_sums(const Power<Real, kExponent>& power, cons
     const Vector<Real> weight = power.weight(gap);
     weight_sum += weight;
     prob_sum += weight * gap;
-    if constexpr (kExponent == Exponent::kSquare) count += gap > zero ? one : zero;
+    if constexpr (kCounts) count += gap > zero ? one : zero;
   }
-  const Real weight_total = reduce_add<Real>(weight_sum);
-  if constexpr (kExponent == Exponent::kLinear) return {reduce_add<Real>(prob_sum), weight_total, weight_total};
-  else return {reduce_add<Real>(prob_sum), weight_total, reduce_add<Real>(count)};
+  return {reduce_add<Real>(prob_sum), reduce_add<Real>(weight_sum), kCounts ? reduce_add<Real>(count) : Real(0)};
 }
 
 template <class Real>
@@ -132,7 +130,7 @@ ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real*
   const Real tolerance = (kExponent == Exponent::kSquare ? std::sqrt(kEpsilon) / 8 : 4 * kEpsilon) / unit;
   Real t = start;
   for (int step = 0; step < kMostSteps; ++step) {
-    const Sums<Real> sums = list_sums(power, score, size, score_max, t, unit);
+    const Sums<Real> sums = list_sums<kExponent == Exponent::kSquare>(power, score, size, score_max, t, unit);
     const Real excess = sums.prob - 1;
     if (!(sums.weight > 0)) {  // right of every score
       t = -1 / unit;
@@ -162,7 +160,7 @@ ADASPLASH2_INLINE Real list_sampled_tau(const Power<Real, kExponent>& power, con
   constexpr int kSteps = 6;
   Real t = start;
   for (int step = 0; step < kSteps; ++step) {
-    const Sums<Real> sums = list_sums(power, score, size, score_max, t, unit);
+    const Sums<Real> sums = list_sums<false>(power, score, size, score_max, t, unit);
     if (!(sums.prob > fraction) || !(sums.weight > 0)) break;
     t += (sums.prob - fraction) / (power.b * sums.weight) / unit;
   }

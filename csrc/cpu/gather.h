@@ -39,10 +39,10 @@ ADASPLASH2_INLINE void for_pieces(int64_t dim, Function function) {
 
 constexpr int kPrefetchAhead = 8;
 
-// out[0 .. dim) (+)= sum_j weight_of(j) * matrix.row(row_of(j)), j < count
-template <bool kAccumulate, class Element, class RowOf, class WeightOf>
-ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim, int64_t count, RowOf row_of,
-                                  WeightOf weight_of, Accumulator<Element>* out) {
+// out[0 .. dim) += sum_j weight[j] * matrix.row(column[j]), j < count
+template <class Element>
+ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim, const int32_t* column,
+                                  const Accumulator<Element>* weight, int64_t count, Accumulator<Element>* out) {
   using Real = Accumulator<Element>;
   for_pieces<Real>(dim, [&](int64_t first, auto vectors) {
     constexpr int kVectors = vectors;
@@ -50,26 +50,26 @@ ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim
     Vector<Real> even[kVectors], odd[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      even[v] = kAccumulate ? load(out + first + v * kLanes<Real>) : Vector<Real>{};
+      even[v] = load(out + first + v * kLanes<Real>);
       odd[v] = Vector<Real>{};
     }
     int64_t j = 0;
     for (; j + 2 <= count; j += 2) {
       const int64_t ahead = j + kPrefetchAhead;
       if (ahead + 1 < count) {
-        prefetch_row<kVectors>(matrix.row(row_of(ahead)) + first);
-        prefetch_row<kVectors>(matrix.row(row_of(ahead + 1)) + first);
+        prefetch_row<kVectors>(matrix.row(column[ahead]) + first);
+        prefetch_row<kVectors>(matrix.row(column[ahead + 1]) + first);
       }
-      const Element *row0 = matrix.row(row_of(j)) + first, *row1 = matrix.row(row_of(j + 1)) + first;
-      const Vector<Real> weight0 = broadcast(weight_of(j)), weight1 = broadcast(weight_of(j + 1));
+      const Element *row0 = matrix.row(column[j]) + first, *row1 = matrix.row(column[j + 1]) + first;
+      const Vector<Real> weight0 = broadcast(weight[j]), weight1 = broadcast(weight[j + 1]);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) even[v] += weight0 * load(row0 + v * kLanes<Real>);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) odd[v] += weight1 * load(row1 + v * kLanes<Real>);
     }
     if (j < count) {
-      const Element* row0 = matrix.row(row_of(j)) + first;
-      const Vector<Real> weight0 = broadcast(weight_of(j));
+      const Element* row0 = matrix.row(column[j]) + first;
+      const Vector<Real> weight0 = broadcast(weight[j]);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) even[v] += weight0 * load(row0 + v * kLanes<Real>);
     }
@@ -78,12 +78,23 @@ ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim
   });
 }
 
-// The same with rows and weights in arrays.
-template <bool kAccumulate, class Element>
-ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim, const int32_t* row,
-                                  const Accumulator<Element>* weight, int64_t count, Accumulator<Element>* out) {
-  gather_sum<kAccumulate>(
-      matrix, dim, count, [=](int64_t j) { return row[j]; }, [=](int64_t j) { return weight[j]; }, out);
+// sums[column[j]][0 .. dim) += weight[j] * row, j < count
+template <class Element>
+ADASPLASH2_INLINE void scatter_sum(const Element* row, int64_t dim, const int32_t* column,
+                                   const Accumulator<Element>* weight, int64_t count, Accumulator<Element>* sums) {
+  using Real = Accumulator<Element>;
+  for_pieces<Real>(dim, [&](int64_t first, auto vectors) {
+    constexpr int kVectors = vectors;
+    Vector<Real> x[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) x[v] = load(row + first + v * kLanes<Real>);
+    for (int64_t j = 0; j < count; ++j) {
+      Real* sum = sums + column[j] * dim + first;
+      const Vector<Real> w = broadcast(weight[j]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) store(sum + v * kLanes<Real>, load(sum + v * kLanes<Real>) + w * x[v]);
+    }
+  });
 }
 
 // Sums of kLanes vectors in one vector, by a tree of pairwise additions of neighbours.
@@ -131,9 +142,12 @@ ADASPLASH2_INLINE void gather_dot(const Accumulator<Element>* x, const MatrixVie
   });
 }
 
-// The keys of one row: `size` columns in the order in which the scan left them, panels from the last to the first.
-struct ColumnList {
+// The keys of one row, in the order in which the scan left them (panels from the last to the first), and a number for
+// each of them: what is summed with or what comes out.
+template <class Real>
+struct EntryList {
   const int32_t* column;
+  Real* value;
   int64_t size;
 };
 
@@ -142,14 +156,24 @@ struct ColumnList {
 constexpr int64_t kEntriesPerRange = 32;
 constexpr int64_t kKeysPerRange = 512;  // at least
 
-// function(row, its first entry, number of entries) for every row and range: ranges from the last to the first, the
-// rows in order within a range. The matrix' rows that the next call names are on their way while one runs.
+// Of a list, from `begin` on: the first column below first_key, a multiple of kPanelCols. Panels are in order, so the
+// columns of the ranges that are left lie together. Not a binary search, whose every step may wait for memory.
+inline const int32_t* keys_from(const int32_t* begin, const int32_t* end, int64_t first_key) {
+  constexpr int64_t kStep = 16;
+  while (end - begin >= kStep && begin[kStep - 1] >= first_key) begin += kStep;
+  while (begin < end && *begin >= first_key) ++begin;
+  return begin;
+}
+
+// function(row, columns, values, number of entries) for every row and range: ranges from the last to the first, the
+// rows in order within a range. What the next calls read is on its way while one runs: of the lists, and, where the
+// lists are too short for ranges, the rows of the matrix too.
 template <class Element, class Function>
-ADASPLASH2_INLINE void for_key_ranges(const ColumnList* lists, int64_t num_rows, int64_t num_keys,
+ADASPLASH2_INLINE void for_key_ranges(const EntryList<Accumulator<Element>>* lists, int64_t num_rows, int64_t num_keys,
                                       const MatrixView<Element>& matrix, int64_t dim, Function function) {
-  constexpr int64_t kPrefetchedRows = 24;
+  constexpr int64_t kPrefetchedRows = 24, kListsAhead = 3;
   const int64_t line = 64 / sizeof(Element);
-  int64_t done[kRowBlock], num_entries = 0;
+  int64_t done[kGatherRows], num_entries = 0;
   for (int64_t row = 0; row < num_rows; ++row) {
     done[row] = 0;
     num_entries += lists[row].size;
@@ -158,34 +182,35 @@ ADASPLASH2_INLINE void for_key_ranges(const ColumnList* lists, int64_t num_rows,
   const int64_t num_ranges = std::clamp<int64_t>(fitting, 1, (num_keys + kKeysPerRange - 1) / kKeysPerRange);
   const int64_t num_panels = (num_keys + kPanelCols - 1) / kPanelCols;
   for (int64_t range = num_ranges - 1; range >= 0; --range) {
-    const int32_t first_key = static_cast<int32_t>(num_panels * range / num_ranges * kPanelCols);
+    const int64_t first_key = num_panels * range / num_ranges * kPanelCols;
     for (int64_t row = 0; row < num_rows; ++row) {
+      if (row + kListsAhead < num_rows) {
+        const auto& later = lists[row + kListsAhead];
+        const int64_t from = done[row + kListsAhead], to = std::min(later.size, from + later.size / num_ranges);
+        for (int64_t j = from; j < to; j += 16) {
+          __builtin_prefetch(later.column + j);
+          __builtin_prefetch(later.value + j);
+        }
+      }
       if (num_ranges == 1 && row + 1 < num_rows) {
-        const ColumnList& next = lists[row + 1];
+        const auto& next = lists[row + 1];
         for (int64_t j = 0; j < std::min(next.size, kPrefetchedRows); ++j) {
           for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(matrix.row(next.column[j]) + d);
         }
       }
-      const ColumnList& list = lists[row];
+      const auto& list = lists[row];
       const int64_t begin = done[row];
-      // Panels are in order, so the columns of the ranges that are left lie together.
-      const auto is_ahead = [=](int32_t column) { return column >= first_key; };
-      done[row] = range == 0
-                      ? list.size
-                      : std::partition_point(list.column + begin, list.column + list.size, is_ahead) - list.column;
-      if (done[row] > begin) function(row, begin, done[row] - begin);
+      done[row] =
+          range == 0 ? list.size : keys_from(list.column + begin, list.column + list.size, first_key) - list.column;
+      if (done[row] > begin) function(row, list.column + begin, list.value + begin, done[row] - begin);
     }
   }
 }
 
-template <class Element>
-ADASPLASH2_INLINE void convert_row(const Accumulator<Element>* from, int64_t dim, Element* to) {
-  for (int64_t d = 0; d < dim; d += kLanes<Accumulator<Element>>) store(to + d, load(from + d));
-}
-
-template <class Element>
-ADASPLASH2_INLINE void widen_row(const Element* from, int64_t dim, Accumulator<Element>* to) {
-  for (int64_t d = 0; d < dim; d += kLanes<Accumulator<Element>>) store(to + d, load(from + d));
+// Between an element type and its accumulation type, either way.
+template <class From, class To>
+ADASPLASH2_INLINE void convert_row(const From* from, int64_t dim, To* to) {
+  for (int64_t d = 0; d < dim; d += kLanes<Accumulator<To>>) store(to + d, load(from + d));
 }
 
 template <class Element>

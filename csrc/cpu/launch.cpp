@@ -68,9 +68,7 @@ void set_isa(const std::string& name) {
   throw std::invalid_argument("adasplash2: expected one of the instruction sets" + names + ", got " + name);
 }
 
-int64_t support_bytes(const AttentionProblem& problem) {
-  return SupportLayout(problem).bytes(problem.batch * problem.num_heads);
-}
+int64_t support_bytes(const AttentionProblem& problem) { return SupportLayout(problem).bytes(); }
 
 void attention_forward(const AttentionForward& params, const Parallel& parallel) {
   check(params);

@@ -3,7 +3,7 @@
 // Operands are packed: keys in panels [panel][sub-tile][D][kTileCols], zero-padded, once per kv head; queries in groups
 // of kTileRows as [group][D][kTileRows]. A register tile of kTileRows x kTileCols accumulators is multiplied and
 // filtered without ever being written: only hits leave it, compressed into the row's list of (score, column). A list
-// that has grown by half is pruned by a better bound, one Newton step from the tau of what has been seen.
+// that has doubled is pruned by a better bound, one Newton step from the tau of what has been seen.
 #pragma once
 
 #include "cpu/entmax_math.h"
@@ -147,7 +147,7 @@ struct RowLists {
   }
 };
 
-constexpr int32_t kLeastGrowth = 48;  // entries; a list is pruned again when it has grown by this and by half
+constexpr int32_t kLeastGrowth = 64;  // entries; a list is pruned again when it has grown by this and doubled
 
 // Raises a row's lower bound and drops what it rules out.
 template <class Real, Exponent kExponent>
@@ -166,7 +166,7 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
   }
   const Real score_max = lists.score_max[row] = std::max(lists.score_max[row], top.max);
   Real t = std::max(lists.lower[row] + lists.margin[row], score_max - 1 / unit);
-  const Sums<Real> sums = list_sums(power, score, size, Real(0), t, unit);
+  const Sums<Real> sums = list_sums<false>(power, score, size, Real(0), t, unit);
   if (sums.prob > 1 && sums.weight > 0) t += power.norm_step(sums.prob, sums.weight) / unit;
   // Rounding: the sums of n terms are right to (n / lanes + 8) ulp, t itself to one. What the margin keeps too much is
   // dropped at the end; what it could lose would have a gap of this size.
@@ -175,7 +175,7 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
   lists.lower[row] = std::max(lists.lower[row], t - lists.margin[row]);
   const int32_t kept = static_cast<int32_t>(list_keep_above(score, lists.column[row], size, lists.lower[row]));
   lists.size[row] = lists.checked[row] = kept;
-  lists.limit[row] = kept + std::max(kLeastGrowth, kept / 2);
+  lists.limit[row] = kept + std::max(kLeastGrowth, kept);
   lists.ensure_room(row);
 }
 
@@ -184,8 +184,8 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
 
 // One group of rows against one panel. kEdited: the masks say which keys take part and what is added to their scores.
 template <class Real, bool kEdited>
-ADASPLASH2_INLINE void scan_tiles(const Real* group, const Real* panel, int64_t depth, int32_t first_key,
-                                  int64_t first_row, const MaskPanel<Real>* masks, RowLists<Real>& lists) {
+__attribute__((noinline)) void scan_group(const Real* group, const Real* panel, int64_t depth, int32_t first_key,
+                                          int64_t first_row, const MaskPanel<Real>* masks, RowLists<Real>& lists) {
   const Real* __restrict lower = lists.lower + first_row;
   for (int sub = 0; sub < kPanelCols / kTileCols<Real>; ++sub) {
     TileAccumulators<Real> acc;
@@ -218,12 +218,6 @@ ADASPLASH2_INLINE void scan_tiles(const Real* group, const Real* panel, int64_t 
       }
     }
   }
-}
-
-template <class Real, bool kEdited>
-__attribute__((noinline)) void scan_group(const Real* group, const Real* panel, int64_t depth, int32_t first_key,
-                                          int64_t first_row, const MaskPanel<Real>* masks, RowLists<Real>& lists) {
-  scan_tiles<Real, kEdited>(group, panel, depth, first_key, first_row, masks, lists);
 }
 
 // The keys that the rows of a block may see.

@@ -2,6 +2,8 @@
 // set: so no template of the standard library is compiled for an instruction set that the machine may not have.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>

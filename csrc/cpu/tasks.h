@@ -19,6 +19,10 @@ void run_tasks(const Parallel& parallel, int64_t num_tasks, MakeWorker make_work
   else parallel.run(num_threads, body);
 }
 
+// Of a buffer that is large: is all of it used? Then it asks for huge pages; buffers live for one call, and page faults
+// would take as long as what is done with them.
+enum class Use { kWhole, kSparse };
+
 // Uninitialised, cache-line aligned memory that only grows.
 template <class T>
 class Buffer {
@@ -33,13 +37,18 @@ class Buffer {
   }
   ~Buffer() { std::free(data_); }
 
-  T* reserve(int64_t size) {  // contents are lost when it grows
+  T* reserve(int64_t size, Use use = Use::kWhole) {  // contents are lost when it grows
     if (size > size_) {
       std::free(data_);
       data_ = nullptr;
       size_ = 0;
-      data_ = static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 63) / 64 * 64));
+      constexpr size_t kHugePage = size_t{2} << 20;
+      const bool is_large = size * sizeof(T) >= 2 * kHugePage && use == Use::kWhole;
+      const size_t alignment = is_large ? kHugePage : 64;
+      const size_t bytes = (size * sizeof(T) + alignment - 1) / alignment * alignment;
+      data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes));
       if (data_ == nullptr) throw std::bad_alloc();
+      if (is_large) madvise(data_, bytes, MADV_HUGEPAGE);
       size_ = size;
     }
     return data_;
