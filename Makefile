@@ -38,13 +38,13 @@ lint: $(VENV)/.ready
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of its own. Python is not built with
 # them, so their library is loaded before it.
-SANITIZED_TESTS ?= tests/test_forward.py tests/test_backward.py tests/test_robustness.py tests/test_entmax.py
+SANITIZED_TESTS ?= tests/test_forward.py tests/test_backward.py
 sanitize: $(VENV)/.ready
 	ADASPLASH2_CUDA=0 ADASPLASH2_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/sanitize \
 	  --build-lib build/sanitize/lib
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize/lib OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
-	  $(BIN)/pytest -x $(SANITIZED_TESTS)
+	  $(BIN)/pytest -n 2 $(SANITIZED_TESTS)
 
 clean:
 	rm -rf build adasplash2/*.so
