@@ -280,6 +280,26 @@ def test_key_of_minus_infinity_takes_no_part():
     )
 
 
+def test_rows_of_a_block_that_share_no_tiles():
+    """Rows 0-63 attend to the first and the last keys, rows 64-127 to those between: more tiles than a ring has stages
+    pass by a consumer that has none of them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*size: int) -> torch.Tensor:
+        return torch.randn(1, 1, *size, generator=generator)
+
+    query, key = 0.5 * noise(128, 64), 0.1 * noise(1300, 64)
+    query[..., :64, 0] += 40
+    query[..., 64:, 1] += 40
+    key[..., :100, 0] += 1
+    key[..., 1250:, 0] += 1
+    key[..., 64:1270, 1] += 1
+    tensors = [t.to(BF16).requires_grad_() for t in (query, key, noise(1300, 64))]
+    check(library.attention, *tensors, noise(128, 64).to(BF16))
+    mask = library.latest()[0].block_mask[0, 0]
+    assert mask.any(0).all() and not mask[:4, 2:19].any()
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_rows_of_larger_buffers(is_causal):
     """Heads inside of rows (B, N, H, D), as projections write them, with NaN all around."""

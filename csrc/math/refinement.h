@@ -7,9 +7,11 @@
 
 namespace adasplash2 {
 
-// NOTE: Newton on the norm squares the relative distance to tau: after a step of 1/8 of the mean gap or less what
-// remains is below kMaxRelativeShift. A row that needs more passes than this has stopped gaining from them.
-constexpr float kLargestLastRefinement = 0.125f;
+// NOTE: Newton on the norm about squares the relative distance to tau: after a step of at most the square root of
+// kMaxRelativeShift in units of the mean gap, that is about what remains. A row that needs more passes than these has
+// stopped gaining from them.
+constexpr float kLargestLastRefinement = 0.17677670f;
+static_assert(kLargestLastRefinement * kLargestLastRefinement <= 1.0001f * kMaxRelativeShift);
 constexpr int kMaxRefinements = 6;
 
 // Moves tau, a lower bound at which the sums were taken, up and never past the root. Returns whether another pass is

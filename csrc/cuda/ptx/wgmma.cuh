@@ -35,6 +35,12 @@ static __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address, ui
          static_cast<uint64_t>((stride_bytes & kMask) >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62;
 }
 
+// The descriptor of the same layout `bytes` (a multiple of 16) further on. Shared memory ends below 2^18 bytes, so the
+// address field does not overflow: one 32-bit addition.
+static __device__ __forceinline__ uint64_t wgmma_descriptor_at(uint64_t descriptor, uint32_t bytes) {
+  return (descriptor & 0xffffffff00000000ull) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
+
 // Orders this warp's register writes before the wgmma that follow: before the first, and after touching accumulators.
 static __device__ __forceinline__ void wgmma_fence() { PTX_MEMORY("wgmma.fence.sync.aligned;", (), ()); }
 

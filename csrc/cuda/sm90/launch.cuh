@@ -7,8 +7,11 @@
 
 #include "cuda/launch_pass.cuh"
 #include "cuda/passes.h"
+#include "cuda/sm90/grad_query.cuh"
+#include "cuda/sm90/output.cuh"
 #include "cuda/sm90/scan.cuh"
 #include "cuda/sm90/tensor_maps.cuh"
+#include "math/work_range.h"
 
 namespace adasplash2::cuda::sm90 {
 
@@ -38,8 +41,30 @@ struct Instance {
     });
   }
 
+  static void output(const Forward& call, const ForwardWorkspace& workspace) {
+    using Config = OutputConfig<kHeadDim>;
+    for_alpha_kind(call.problem, [&](auto kind) {
+      launch_kernel(
+          output_kernel<Element, kHeadDim, kind()>,
+          grid_of(call.problem, ceil_div<int64_t>(call.problem.num_queries, Config::kBlockM), call.problem.num_heads),
+          dim3(Config::kThreads), OutputSmem<kHeadDim>::kBytes, stream_of(call.stream),
+          with_tensor_maps<kHeadDim>(output_params(call, workspace)));
+    });
+  }
+
+  static void grad_query(const Backward& call, const BackwardWorkspace& workspace) {
+    using Config = GradQueryConfig<kHeadDim>;
+    for_alpha_kind(call.problem, [&](auto kind) {
+      launch_kernel(
+          grad_query_kernel<Element, kHeadDim, kind()>,
+          grid_of(call.problem, ceil_div<int64_t>(call.problem.num_queries, Config::kBlockM), call.problem.num_heads),
+          dim3(Config::kThreads), GradQuerySmem<kHeadDim>::kBytes, stream_of(call.stream),
+          with_tensor_maps<kHeadDim>(grad_params(call, workspace, call.block_mask)));
+    });
+  }
+
   static constexpr Passes passes(DataType dtype) {
-    return {dtype, kHeadDim, runs_here, scan, nullptr, nullptr, nullptr, nullptr};
+    return {dtype, kHeadDim, runs_here, scan, output, nullptr, grad_query, nullptr};
   }
 };
 

@@ -27,11 +27,18 @@ struct Ring {
     }
   }
 
-  // Producer: waits until the stage is free, announces what will come, and returns the barrier to load on.
-  __device__ __forceinline__ uint32_t acquire(int stage, uint32_t parity, uint32_t bytes) const {
+  // Producer: waits until the stage is free.
+  __device__ __forceinline__ void wait_free(int stage, uint32_t parity) const {
     ptx::mbarrier_wait(empty(stage), parity ^ 1);
+  }
+  // Producer: announces what will come, and returns the barrier to load on.
+  __device__ __forceinline__ uint32_t announce(int stage, uint32_t bytes) const {
     ptx::mbarrier_arrive_expect_tx(full(stage), bytes);
     return full(stage);
+  }
+  __device__ __forceinline__ uint32_t acquire(int stage, uint32_t parity, uint32_t bytes) const {
+    wait_free(stage, parity);
+    return announce(stage, bytes);
   }
   // Consumer.
   __device__ __forceinline__ void wait(int stage, uint32_t parity) const { ptx::mbarrier_wait(full(stage), parity); }

@@ -416,9 +416,9 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* s
         }
       }
       if (step == 0) bounds.take_snapshot(0);
-      // One excess for both mask tiles: a tile that was marked with its neighbour's leaves the mask later than it could.
-      const float row_maxima[] = {fmaxf(tile_max[0][0], tile_max[1][0]),
-                                  fmaxf(tile_max[0][1], tile_max[1][1])};
+      // One excess for both mask tiles: a tile that was marked with its neighbour's leaves the mask later than it
+      // could.
+      const float row_maxima[] = {fmaxf(tile_max[0][0], tile_max[1][0]), fmaxf(tile_max[0][1], tile_max[1][1])};
       const uint16_t excess = encode_excess(bounds.excess(snapshot_of(step), row_maxima));
 #pragma unroll
       for (int half = 0; half < Config::kMaskTiles; ++half) {

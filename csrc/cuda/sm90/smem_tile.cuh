@@ -27,14 +27,14 @@ struct SmemTile {
 
   // The operand whose M or N are the tile's rows from `row` (a multiple of 8) on and whose K are columns 16 k ... + 15.
   static __device__ __forceinline__ uint64_t k_major(uint32_t s_tile, int row, int k) {
-    return ptx::wgmma_descriptor(s_tile + k / 4 * kPanelBytes + row * kPanelRowBytes + k % 4 * 32, 16,
-                                 8 * kPanelRowBytes, ptx::Swizzle::k128);
+    return ptx::wgmma_descriptor_at(ptx::wgmma_descriptor(s_tile, 16, 8 * kPanelRowBytes, ptx::Swizzle::k128),
+                                    k / 4 * kPanelBytes + row * kPanelRowBytes + k % 4 * 32);
   }
 
   // The operand whose K are the tile's rows 16 k ... + 15 and whose M or N are its columns from panel `panel` on.
   static __device__ __forceinline__ uint64_t mn_major(uint32_t s_tile, int k, int panel = 0) {
-    return ptx::wgmma_descriptor(s_tile + panel * kPanelBytes + k * kWgmmaK * kPanelRowBytes, kPanelBytes,
-                                 8 * kPanelRowBytes, ptx::Swizzle::k128);
+    return ptx::wgmma_descriptor_at(ptx::wgmma_descriptor(s_tile, kPanelBytes, 8 * kPanelRowBytes, ptx::Swizzle::k128),
+                                    panel * kPanelBytes + k * kWgmmaK * kPanelRowBytes);
   }
 
   // Byte offset of the 16-byte chunk `chunk` (8 columns) of a row: for ordinary loads and stores.

@@ -32,4 +32,12 @@ inline TensorMap rows_map(const Rows& rows, DataType dtype, int64_t dim, int64_t
   return make_tensor_map(shape);
 }
 
+// Of a tensor with the rows and heads of query, and of one with those of key.
+inline TensorMap query_rows_map(const AttentionProblem& problem, const Rows& rows, int64_t dim, int box_rows) {
+  return rows_map(rows, problem.dtype, dim, problem.num_queries, problem.num_heads, problem.batch, box_rows);
+}
+inline TensorMap key_rows_map(const AttentionProblem& problem, const Rows& rows, int64_t dim, int box_rows) {
+  return rows_map(rows, problem.dtype, dim, problem.num_keys, problem.num_kv_heads, problem.batch, box_rows);
+}
+
 }  // namespace adasplash2::cuda::sm90

@@ -1,0 +1,47 @@
+// Tile sizes, warpgroups and stages of the sm90 kernels: read by host and device.
+#pragma once
+
+#include "cuda/config.h"
+
+namespace adasplash2::cuda::sm90 {
+
+constexpr int kWarpgroupThreads = 128;
+constexpr int kWarpgroupWarps = 4;
+constexpr int kRowsPerConsumer = 64;  // the M of wgmma
+
+constexpr int kSmemPerBlock = 232448;  // 227 KB, the most that a block of an H100 can have
+
+// A producer warpgroup and two consumers: 40 * 128 + 232 * 256 registers are the 168 * 384 that the block starts with.
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+
+// Stages of a ring of key and value tiles: as many as shared memory holds beside the rows of a block.
+template <int kHeadDim>
+constexpr int kKeyStages = kHeadDim <= 64 ? 8 : 4;
+
+// Pass B.
+template <int kHeadDim>
+struct OutputConfig {
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+  static constexpr int kBlockM = kConsumers * kRowsPerConsumer;
+  static constexpr int kBlockN = kMaskKeys;
+  static constexpr int kStages = kKeyStages<kHeadDim>;
+  // NOTE: with two accumulators of 128 columns the queries do not fit beside them; wgmma then reads them from shared
+  // memory.
+  static constexpr bool kQueryInRegisters = kHeadDim <= 64;
+};
+
+// Backward, dq.
+template <int kHeadDim>
+struct GradQueryConfig {
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+  static constexpr int kBlockM = kConsumers * kRowsPerConsumer;
+  static constexpr int kBlockN = kMaskKeys;
+  static constexpr int kStages = kKeyStages<kHeadDim>;
+  // NOTE: at 128 columns both do not fit beside the accumulators.
+  static constexpr bool kQueryInRegisters = true, kGradOutInRegisters = kHeadDim <= 64;
+};
+
+}  // namespace adasplash2::cuda::sm90
