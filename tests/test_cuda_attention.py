@@ -207,6 +207,24 @@ def test_lengths_of_sequences(num_queries, is_causal):
             assert not result.out[batch].any() and result.aux.tau[batch].isposinf().all()
 
 
+def test_padding_never_reaches_gradients():
+    """Rows past the lengths, of queries, keys, values and of the gradient of out, hold NaN: the same bits come out."""
+    lengths = torch.tensor([0, 1, 64, 97, 130])
+    tensors = cases.inputs("gaussian", Shape(len(lengths), 2, 130, 130, kv_heads=1), BF16)
+    padded = [t.clone() for t in tensors]
+    for batch, length in enumerate(lengths):
+        for tensor in padded:
+            tensor[batch, :, length:] = torch.nan
+    results = []
+    for *inputs, grad_out in (tensors, padded):
+        inputs, grad_out = [t.to(library.device()) for t in inputs], grad_out.to(library.device())
+        run = library.forward(library.build(), *inputs, key_lengths=lengths.to(library.device()))
+        results.append(library.backward(library.build(), run, grad_out))
+    for name in ("query", "key", "value"):
+        clean, ours = (getattr(result, name) for result in results)
+        assert clean.isfinite().all() and torch.equal(ours, clean)
+
+
 @only_sm80
 def test_no_keys_and_no_queries():
     query, key, value, _ = cases.inputs("gaussian", Shape(1, 2, 70, 64), BF16)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import Shape
 from kernels import library
+from simt import emulator
 from simt.emulator import SEEDS, Diagnosis, Patch
 
 from adasplash2 import reference
@@ -20,7 +21,7 @@ HISTOGRAM, ENTMAX, WORK_RANGE = "csrc/math/histogram.h", "csrc/math/entmax.h", "
 REFINEMENT = "csrc/math/refinement.h"
 SM90_OUTPUT, SM90_GRAD_QUERY = "csrc/cuda/sm90/output.cuh", "csrc/cuda/sm90/grad_query.cuh"
 LIVE_KEY_TILES, WARPGROUP = "csrc/cuda/sm90/live_key_tiles.cuh", "csrc/cuda/sm90/warpgroup.cuh"
-RING = "csrc/cuda/sm90/ring.cuh"
+RING, SM90_GRAD_KEY_VALUE = "csrc/cuda/sm90/ring.cuh", "csrc/cuda/sm90/grad_key_value.cuh"
 
 BUGS = {
     "the scan does not wait for its tile": Patch(SCAN, "ptx::cp_async_wait<Config::kStages - 2>();", ""),
@@ -115,6 +116,55 @@ BUGS = {
     "sm90: the block ends with its stores in flight": Patch(
         SM90_GRAD_QUERY, "if (lane == 0) ptx::tma_store_wait_read<0>();", ""
     ),
+    "sm90 keys: the guard does not wait for a stage": Patch(
+        SM90_GRAD_KEY_VALUE, "ring.wait(stage, position.parity);", ""
+    ),
+    "sm90 keys: consumers do not wait for a stage": Patch(
+        SM90_GRAD_KEY_VALUE, "ptx::mbarrier_wait(ready(stage), position.parity);",
+        "ring.wait(stage, position.parity);",
+    ),
+    "sm90 keys: a stage is filled again while it is read": Patch(
+        SM90_GRAD_KEY_VALUE, "ring.wait_free(stage, position.parity);", ""
+    ),
+    "sm90 keys: the producer waits for the wrong phase": Patch(RING, "parity ^ 1);", "parity);"),
+    "sm90 keys: a warp keeps its stages": Patch(
+        SM90_GRAD_KEY_VALUE, "if (lane == 0) ring.release(stage);",
+        "if (lane == 0 && warp_row != 16) ring.release(stage);",
+    ),
+    "sm90 keys: a stage is released while lanes still read it": Patch(
+        SM90_GRAD_KEY_VALUE, "__syncwarp();\n      if (lane == 0) ring.release(stage);",
+        "if (lane == 0) ring.release(stage);",
+    ),
+    "sm90 keys: a stage is released before its last product": Patch(
+        SM90_GRAD_KEY_VALUE, "ptx::wgmma_wait<0>();", "ptx::wgmma_wait<1>();"
+    ),
+    "sm90 keys: more bytes announced than come": Patch(
+        SM90_GRAD_KEY_VALUE, "ring.announce(stage, Smem::kStageBytes)", "ring.announce(stage, Smem::kStageBytes + 16)"
+    ),
+    "sm90 keys: accumulators are read in flight": Patch(
+        SM90_GRAD_KEY_VALUE, "ptx::wgmma_wait<1>();\n        ptx::wgmma_pin(score);", "ptx::wgmma_pin(score);"
+    ),
+    "sm90 keys: padding is not cleared": Patch(
+        SM90_GRAD_KEY_VALUE, "is_bad = !(tau[i] < INFINITY);", "is_bad = std::isnan(tau[i]);"
+    ),
+    "sm90 keys: rows of NaN are not cleared": Patch(
+        SM90_GRAD_KEY_VALUE, "is_bad = !(tau[i] < INFINITY);", "is_bad = tau[i] == INFINITY;"
+    ),
+    "sm90 keys: padding has a delta": Patch(SM90_GRAD_KEY_VALUE, "is_padding ? 0.0f : params.delta", "params.delta"),
+    "sm90 keys: cleared rows without a proxy fence": Patch(SM90_GRAD_KEY_VALUE, "ptx::fence_proxy_async();", ""),
+    "sm90 keys: the guard goes ahead of its lanes": Patch(
+        SM90_GRAD_KEY_VALUE, "__syncwarp();\n      if (lane_id() == 0) ptx::mbarrier_arrive(ready(stage));",
+        "if (lane_id() == 0) ptx::mbarrier_arrive(ready(stage));",
+    ),
+    "sm90 keys: keys that take no part keep a gradient": Patch(
+        SM90_GRAD_KEY_VALUE, "accumulator_row(lane, i / 2 % 2) < key_end;", "accumulator_row(lane, i / 2 % 2) >= 0;"
+    ),
+    "sm90 keys: the other consumer's blocks": Patch(
+        SM90_GRAD_KEY_VALUE, "block.head_live >> kConsumer & 1", "block.head_live >> (1 - kConsumer) & 1"
+    ),
+    "sm90 keys: the first of a group's heads alone": Patch(
+        SM90_GRAD_KEY_VALUE, "head < first_head + group_size; ++head", "head < first_head + 1; ++head"
+    ),
 }  # fmt: skip
 
 
@@ -148,6 +198,25 @@ def verdict(patches: tuple[Patch, ...], path: str, monkeypatch: pytest.MonkeyPat
         )):  # fmt: skip
             if not (ours.double() - exact).norm() <= 0.02 * exact.norm():
                 return f"{name} is wrong"
+    return verdict_on_nan(build)
+
+
+def verdict_on_nan(build: emulator.Library | library.GpuLibrary) -> str:
+    """What lies past the lengths of sequences is NaN, and so is a query: neither reaches the gradients of keys."""
+    lengths = [40, 100]
+    tensors = cases.inputs("gaussian", Shape(2, 1, 130, 130), torch.bfloat16)
+    *inputs, grad_out = tensors
+    for tensor in tensors:
+        for batch, length in enumerate(lengths):
+            tensor[batch, :, length:] = torch.nan
+    inputs[0][1, 0, 70] = torch.nan
+    try:
+        run = library.forward(build, *inputs, key_lengths=torch.tensor(lengths))
+        grads = library.backward(build, run, grad_out)
+    except Diagnosis as diagnosis:
+        return str(diagnosis)
+    if not all(t.isfinite().all() for t in (grads.key, grads.value)):
+        return "NaN reaches keys"
     return ""
 
 

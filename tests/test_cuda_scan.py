@@ -168,17 +168,21 @@ def test_work_of_the_forward_pass(name, is_causal, head_dim):
 @on_both_paths
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", ["gaussian", "block_structured"])
-def test_work_of_the_backward_pass(name, head_dim):
+def test_work_of_the_backward_pass(name, head_dim, cuda_path):
     """Seven products of a live 64 x 64 tile at most (three for dq, four for dk and dv), none of a dead one."""
     run, (*_, grad_out) = run_case(name, Shape(1, 2, 256, 512, head_dim))
     grads = library.backward(library.build(), run, grad_out)
     live = blocks(run.block_mask, 4).sum().item()
-    done = grads.counters["mma"] * MMA
-    assert 0 < done <= 7 * live * (64 * 64 * head_dim)
+    product = live * 64 * 64 * head_dim
+    done = grads.counters["mma"] * MMA + grads.counters["wgmma_macs"]
+    assert 0 < done <= 7 * product
     assert grads.counters["ldmatrix_wavefronts"] == 4 * grads.counters["ldmatrix"], "bank conflicts"
     assert grads.counters["global_atomics"] == 0
     if name == "block_structured":
         assert live <= 0.2 * 4 * 8 * 2
+    if cuda_path == "sm90":
+        grads = library.backward(library.build(), run, grad_out, wanted=("key", "value"))
+        assert grads.counters["mma"] == 0 and grads.counters["wgmma_macs"] == 4 * product
 
 
 @emulated

@@ -6,6 +6,8 @@
 #include <launch_kernel.cuh>
 #include <type_traits>
 
+#include "cuda/any_arch/mask_transpose.cuh"
+#include "cuda/config.h"
 #include "cuda/pass_params.h"
 #include "cuda/passes.h"
 #include "math/entmax.h"
@@ -48,5 +50,15 @@ inline GradParams grad_params(const Backward& call, const BackwardWorkspace& wor
 }
 
 inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+// The block mask by columns, into the workspace.
+inline void launch_mask_transpose(const Backward& call, const BackwardWorkspace& workspace) {
+  const AttentionProblem& problem = call.problem;
+  const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
+  launch_kernel(mask_transpose_kernel,
+                dim3(static_cast<unsigned>(problem.batch * problem.num_heads), shape.group_words(), shape.key_words()),
+                dim3(kWarpSize), 0, stream_of(call.stream),
+                MaskTransposeParams{shape, call.block_mask, workspace.column_mask});
+}
 
 }  // namespace adasplash2::cuda

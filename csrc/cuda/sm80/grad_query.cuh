@@ -154,12 +154,16 @@ __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlock
     key_begin = next_key_begin;
   }
 
-  // Phase 3: store. A row whose tau is NaN has no gradient either.
+  // Phase 3: store. A row whose tau is NaN has no gradient either; that of a row without keys is zero, though in
+  // padding the products may have left NaN.
   const float scale = static_cast<float>(problem.scale);
 #pragma unroll
   for (int n = 0; n < kHeadDim / kMmaN; ++n) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) grad_query[n][e] = std::isnan(tau[e / 2]) ? NAN : grad_query[n][e] * scale;
+    for (int e = 0; e < 4; ++e) {
+      const float sum = tau[e / 2] < INFINITY ? grad_query[n][e] : 0.0f;
+      grad_query[n][e] = std::isnan(tau[e / 2]) ? NAN : sum * scale;
+    }
   }
   store_rows(head_rows<Element>(params.grad_query, batch, head) + warp_row * params.grad_query.stride_row,
              params.grad_query.stride_row, grad_query, num_queries - warp_row, head_dim);

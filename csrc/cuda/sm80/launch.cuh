@@ -6,7 +6,6 @@
 #include <launch_kernel.cuh>
 
 #include "cuda/any_arch/delta.cuh"
-#include "cuda/any_arch/mask_transpose.cuh"
 #include "cuda/any_arch/row_sum.cuh"
 #include "cuda/config.h"
 #include "cuda/launch_pass.cuh"
@@ -70,20 +69,14 @@ struct Instance {
   static void grad_key_value(const Backward& call, const BackwardWorkspace& workspace) {
     using Config = GradKeyValueConfig<kHeadDim>;
     const AttentionProblem& problem = call.problem;
-    const cudaStream_t stream = stream_of(call.stream);
-    const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
-    if (problem.num_queries > 0) {
-      launch_kernel(
-          mask_transpose_kernel,
-          dim3(static_cast<unsigned>(problem.batch * problem.num_heads), shape.group_words(), shape.key_words()),
-          dim3(kWarpSize), 0, stream, MaskTransposeParams{shape, call.block_mask, workspace.column_mask});
-    }
+    if (problem.num_queries > 0) launch_mask_transpose(call, workspace);
     const int64_t largest_dim = problem.head_dim > problem.value_head_dim ? problem.head_dim : problem.value_head_dim;
     const int64_t num_chunks = ceil_div<int64_t>(largest_dim, Config::kGradChunk);
     for_alpha_kind(problem, [&](auto kind) {
       launch_kernel(grad_key_value_kernel<Element, kHeadDim, kind()>,
-                    grid_of(problem, shape.num_key_tiles, problem.num_kv_heads * num_chunks), dim3(Config::kThreads),
-                    Config::kSmemBytes, stream, grad_params(call, workspace, workspace.column_mask));
+                    grid_of(problem, ceil_div<int64_t>(problem.num_keys, kMaskKeys), problem.num_kv_heads * num_chunks),
+                    dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream),
+                    grad_params(call, workspace, workspace.column_mask));
     });
   }
 

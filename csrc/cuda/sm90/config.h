@@ -44,4 +44,18 @@ struct GradQueryConfig {
   static constexpr bool kQueryInRegisters = true, kGradOutInRegisters = kHeadDim <= 64;
 };
 
+// Backward, dk and dv: a producer warpgroup and two consumers of 64 keys each, which share the queries that pass by.
+template <int kHeadDim>
+struct GradKeyValueConfig {
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+  static constexpr int kBlockM = 64;  // queries of a stage
+  static constexpr int kBlockN = kConsumers * kMaskKeys;
+  static_assert(kMaskKeys == kRowsPerConsumer, "a consumer owns one column of the mask");
+  static constexpr int kStages = 4;
+  // 240 * 256 + 24 * 128 = 168 * 384, what the block has at its launch
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+};
+
 }  // namespace adasplash2::cuda::sm90

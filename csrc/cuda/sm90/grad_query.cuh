@@ -208,7 +208,10 @@ struct GradQueryBlock : QueryBlock<GradQueryConfig<kHeadDim>::kBlockM> {
     // Phase 3: store; the queries are no longer needed. A row whose tau is NaN has no gradient either.
     const float scale = static_cast<float>(problem.scale);
 #pragma unroll
-    for (int i = 0; i < kGrads; ++i) grad_query[i] = std::isnan(tau[i / 2 % 2]) ? NAN : grad_query[i] * scale;
+    for (int i = 0; i < kGrads; ++i) {
+      const float sum = tau[i / 2 % 2] < INFINITY ? grad_query[i] : 0.0f;
+      grad_query[i] = std::isnan(tau[i / 2 % 2]) ? NAN : sum * scale;
+    }
     store_warp_rows<Element, RowTile>(&params.grad_query, s_smem + Smem::kQuery, tile_row + warp * kMaskRows,
                                       grad_query, warp_row, head, batch);
     if (lane == 0) ptx::tma_store_wait_read<0>();

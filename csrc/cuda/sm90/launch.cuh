@@ -7,6 +7,7 @@
 
 #include "cuda/launch_pass.cuh"
 #include "cuda/passes.h"
+#include "cuda/sm90/grad_key_value.cuh"
 #include "cuda/sm90/grad_query.cuh"
 #include "cuda/sm90/output.cuh"
 #include "cuda/sm90/scan.cuh"
@@ -63,8 +64,38 @@ struct Instance {
     });
   }
 
+  static void grad_key_value(const Backward& call, const BackwardWorkspace& workspace) {
+    using Config = GradKeyValueConfig<kHeadDim>;
+    const AttentionProblem& problem = call.problem;
+    launch_mask_transpose(call, workspace);
+    const auto map = [&](const Rows& rows, int64_t dim, int64_t num_rows, int64_t num_heads, int box_rows) {
+      return rows_map(rows, problem.dtype, dim, num_rows, num_heads, problem.batch, box_rows);
+    };
+    const auto of_queries = [&](const Rows& rows, int64_t dim) {
+      return map(rows, dim, problem.num_queries, problem.num_heads, Config::kBlockM);
+    };
+    const auto of_keys = [&](const Rows& rows, int64_t dim, int box_rows) {
+      return map(rows, dim, problem.num_keys, problem.num_kv_heads, box_rows);
+    };
+    const auto of_gradient = [&](const Rows& rows, const Rows& like, int64_t dim) {
+      return of_keys(rows.data != nullptr ? rows : like, dim, kMmaM);
+    };
+    const GradKeyValueMaps maps{of_queries(problem.query, problem.head_dim),
+                                of_queries(call.grad_out, problem.value_head_dim),
+                                of_keys(problem.key, problem.head_dim, kMaskKeys),
+                                of_keys(problem.value, problem.value_head_dim, kMaskKeys),
+                                of_gradient(call.grad_key, problem.key, problem.head_dim),
+                                of_gradient(call.grad_value, problem.value, problem.value_head_dim)};
+    const dim3 grid = grid_of(problem, ceil_div<int64_t>(problem.num_keys, Config::kBlockN), problem.num_kv_heads);
+    for_alpha_kind(problem, [&](auto kind) {
+      launch_kernel(grad_key_value_kernel<Element, kHeadDim, kind()>, grid, dim3(Config::kThreads),
+                    GradKeyValueSmem<kHeadDim>::kBytes, stream_of(call.stream),
+                    grad_params(call, workspace, workspace.column_mask), maps);
+    });
+  }
+
   static constexpr Passes passes(DataType dtype) {
-    return {dtype, kHeadDim, runs_here, scan, output, nullptr, grad_query, nullptr};
+    return {dtype, kHeadDim, runs_here, scan, output, nullptr, grad_query, grad_key_value};
   }
 };
 

@@ -116,6 +116,10 @@ BoxCopy box_of(const PtxCall& call, const void* map, uint32_t shared_address, in
          box.shape.rank);
   }
   for (int i = 0; i < box.shape.rank; ++i) box.corner[i] = call.s32(first_coordinate + i);
+  if (box.corner[0] * static_cast<int>(box.element_bytes()) % 16 != 0) {
+    fail("MISALIGNED TMA at %s: coordinate %d of the innermost dimension is no multiple of 16 bytes",
+         source_line(call.site).c_str(), static_cast<int>(box.corner[0]));
+  }
   const auto swizzle_bytes = static_cast<uint32_t>(box.shape.swizzle_bytes);
   const uint32_t alignment = swizzle_bytes == 0 ? 128 : std::max(128u, 8 * swizzle_bytes);
   if (shared_address % alignment != 0) {
