@@ -15,7 +15,7 @@ from kernels import library
 from simt.emulator import SEEDS
 from tolerance import check
 
-BF16, FP16 = torch.bfloat16, torch.float16
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LENGTHS = (1, 63, 64, 65, 127, 200, 257, 515)
 _HEAD_DIMS = [(8, 8), (40, 64), (64, 96), (96, 40), (128, 128)]
 _WIDE_HEAD_DIMS = [(200, 256), (256, 136)]
@@ -72,6 +72,36 @@ def test_support_of_one_key(name, shape, dtype):
 @pytest.mark.parametrize("name", ["gaussian", "sparse", "dense", "constant", "huge_scores"])
 def test_float16(name):
     check_case(name, Shape(1, 2, 100, 130), FP16, seed=1)
+
+
+@only_sm80
+@pytest.mark.parametrize("name", sorted(cases.MAKERS.keys() - {"one_hot", "denormal"}))
+def test_float32(name):
+    """Held to the rule of float32, to which sums of three bfloat16 must be as good as float32 itself. (Denormal numbers
+    have bits below those of the smallest bfloat16.)"""
+    check_case(name, Shape(1, 2, 130, 150), FP32, seed=1, is_causal=name in ("gaussian", "dense"))
+
+
+@only_sm80
+@pytest.mark.parametrize("alpha", [2.0, 1.25, 1.1, 1.75])
+@pytest.mark.parametrize("name", ["gaussian", "dense"])
+def test_alphas_of_float32(name, alpha):
+    check_case(name, Shape(1, 1, 100, 150), FP32, seed=2, alpha=alpha)
+
+
+@only_sm80
+@pytest.mark.parametrize("head_dim, value_head_dim", [(8, 8), (40, 64), (64, 96), (96, 40), (128, 128)])
+def test_head_dims_of_float32(head_dim, value_head_dim):
+    check_case("gaussian", Shape(1, 4, 70, 100, head_dim, 2, value_head_dim), FP32, seed=3)
+
+
+@only_sm80
+def test_options_of_float32():
+    shape, lengths = Shape(2, 2, 90, 90), torch.tensor([90, 33])
+    mask = torch.randn(2, 1, 90, 90).masked_fill(torch.rand(90, 90) < 0.3, -torch.inf)
+    alpha = torch.tensor([1.4, 1.8], dtype=torch.float64, requires_grad=True)
+    check_case("gaussian", shape, FP32, seed=1, scale=-0.2, key_lengths=lengths, attn_mask=mask, alpha=alpha)
+    check_case("gaussian", shape, FP32, seed=2, attn_mask=mask > 0)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -358,7 +388,8 @@ def test_same_bits_under_every_schedule():
         ({"attn_mask": torch.zeros(64, 64)}, "attn_mask"),
         ({"alpha": 2.5}, "alpha"),
         ({"alpha": 1.0}, "alpha"),
-        ({"dtype": torch.float32}, "dtype"),
+        ({"dtype": torch.float64}, "dtype"),
+        ({"dtype": torch.float32, "head_dim": 136}, "float32"),
         ({"head_dim": 264}, "256"),
         ({"head_dim": 60}, "multiples of 8"),
         ({"padding": 4}, "16-byte aligned"),

@@ -15,8 +15,10 @@ constexpr int kWarpSize = 32;
 constexpr int kMinBlocksPerSm = 2;
 
 constexpr int kLargestHeadDim = 256;
+constexpr int kLargestFloatHeadDim = 128;
 
-// Head dims that are built; any multiple of 8 is padded with zeros, on the fly, to the next of them.
+// Head dims that are built; any multiple of 8 is padded with zeros, on the fly, to the next of them. The sizes below
+// are those of 16-bit elements: a float takes the room of two, so float32 at 64 and 128 are laid out as 128 and 256.
 constexpr int instance_head_dim(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
 // Pass A. A warp owns its rows alone: their histogram needs no other warp.

@@ -41,7 +41,8 @@ constexpr std::array<const char*, 3> kPathNames{"auto", "sm80", "sm90"};
 using Instances = std::initializer_list<const Passes*>;
 
 constexpr Instances kPortableInstances{&sm80::bfloat16_64, &sm80::bfloat16_128, &sm80::bfloat16_256,
-                                       &sm80::float16_64,  &sm80::float16_128,  &sm80::float16_256};
+                                       &sm80::float16_64,  &sm80::float16_128,  &sm80::float16_256,
+                                       &sm80::float32_64,  &sm80::float32_128};
 #ifdef ADASPLASH2_CUDA_SM90
 constexpr Instances kHopperInstances{&sm90::bfloat16_64, &sm90::bfloat16_128, &sm90::float16_64, &sm90::float16_128};
 #else
@@ -157,8 +158,9 @@ int64_t backward_workspace_bytes(const AttentionProblem& problem) {
 
 void require_supported(const AttentionProblem& problem) {
   const auto not_built = [](const std::string& message) { throw NotBuilt("adasplash2: " + message); };
-  if (problem.dtype != DataType::kBFloat16 && problem.dtype != DataType::kFloat16) {
-    not_built("dtype: the CUDA kernels take bfloat16 and float16");
+  if (problem.dtype != DataType::kBFloat16 && problem.dtype != DataType::kFloat16 &&
+      problem.dtype != DataType::kFloat32) {
+    not_built("dtype: the CUDA kernels take bfloat16, float16 and float32");
   }
   const DataType mask_dtype = problem.mask.dtype;
   require(problem.mask.data == nullptr || mask_dtype == DataType::kBool || mask_dtype == problem.dtype,
@@ -166,6 +168,9 @@ void require_supported(const AttentionProblem& problem) {
   if (!std::isfinite(problem.scale)) not_built("scale must be finite on CUDA");
   const int64_t largest_dim = std::max(problem.head_dim, problem.value_head_dim);
   if (largest_dim > kLargestHeadDim) not_built("head dims above 256 are not built for CUDA");
+  if (problem.dtype == DataType::kFloat32 && largest_dim > kLargestFloatHeadDim) {
+    not_built("head dims above 128 are not built for float32 on CUDA");
+  }
   require(problem.head_dim > 0 && problem.value_head_dim > 0, "head dims must be positive");
   if (problem.head_dim % 8 != 0 || problem.value_head_dim % 8 != 0) {
     not_built("head dims that are not multiples of 8 are not built for CUDA");

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "math/entmax.h"
 #include "math/work_range.h"
@@ -42,6 +43,10 @@ __device__ __forceinline__ float score_scale(const AttentionProblem& problem) {
 __device__ __forceinline__ float score_to_z(const AttentionProblem& problem, float alpha) {
   return (alpha - 1.0f) * score_scale(problem);
 }
+
+// The maths of scores whose inputs are Element.
+template <typename Element, AlphaKind kKind>
+using EntmaxOf = Entmax<kKind, std::conditional_t<std::is_same_v<Element, float>, PrecisePower<float>, FastPower>>;
 
 // Index of a row in a contiguous (B, H, Nq) tensor.
 __device__ __forceinline__ int64_t row_index(const AttentionProblem& problem, int batch, int head, int row) {

@@ -2,6 +2,8 @@
 // (docs/algorithm.md, section 4).
 #pragma once
 
+#include <type_traits>
+
 #include "math/entmax.h"
 #include "math/histogram.h"
 
@@ -14,11 +16,20 @@ constexpr float kLargestLastRefinement = 0.17677670f;
 static_assert(kLargestLastRefinement * kLargestLastRefinement <= 1.0001f * kMaxRelativeShift);
 constexpr int kMaxRefinements = 6;
 
+// For results in float: tau itself must be right to the last bit or two where gap_mean_v is taken.
+constexpr float kLargestLastPreciseRefinement = 0x1p-11f;
+
 // Moves tau, a lower bound at which the sums were taken, up and never past the root. Returns whether another pass is
-// worth its price.
-template <AlphaKind kKind>
-ADASPLASH2_HOST_DEVICE bool refine(const Entmax<kKind>& entmax, const RowSums& sums, float& tau) {
+// worth its price. With a precise power there is one more pass at least, and no room is left for rounding: a key that a
+// tau above the root by a rounding loses is lost to a rounding.
+template <AlphaKind kKind, typename Power>
+ADASPLASH2_HOST_DEVICE bool refine(const Entmax<kKind, Power>& entmax, const RowSums& sums, float& tau) {
   if (!(sums.prob > 1.0f)) return false;
+  if constexpr (!std::is_same_v<Power, FastPower>) {
+    const float step = entmax.last_step(sums);
+    tau += step;
+    return step > kLargestLastPreciseRefinement * sums.prob / sums.weight;
+  }
   const float step = entmax.newton_step(sums);
   tau = round_below(tau + step);
   return step > kLargestLastRefinement * sums.prob / sums.weight;  // f / A: the mean gap, by weight
@@ -33,8 +44,8 @@ struct OutputFold {
   float weight_scale = 0.0f;
 };
 
-template <AlphaKind kKind>
-ADASPLASH2_HOST_DEVICE OutputFold output_fold(const Entmax<kKind>& entmax, const RowSums& sums, float tau) {
+template <AlphaKind kKind, typename Power>
+ADASPLASH2_HOST_DEVICE OutputFold output_fold(const Entmax<kKind, Power>& entmax, const RowSums& sums, float tau) {
   OutputFold fold;
   if (sums.weight > 0.0f) {
     fold.step = entmax.last_step(sums);

@@ -31,11 +31,12 @@
 namespace adasplash2::cuda {
 
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
+__global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>>::kThreads, kMinBlocksPerSm)
     grad_alpha_kernel(const GradAlphaParams params) {
-  using Config = GradQueryConfig<kHeadDim>;
+  constexpr int kCols = kTileCols<Element, kHeadDim>;
+  using Config = GradQueryConfig<kCols>;
   constexpr int kFragmentsN = Config::kBlockN / kMmaN;
-  constexpr int kStageBytes = Config::kBlockN * kHeadDim * 2;
+  constexpr int kStageBytes = Config::kBlockN * kCols * 2;
 
   const AttentionProblem& problem = params.problem;
   const int batch = blockIdx.z, head = blockIdx.y;
@@ -59,14 +60,15 @@ __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlock
   static_assert(Config::kStages >= 2, "keys and values, one stage each, lie in the room of two stages of keys");
 
   // Phase 1: what stays for the whole block.
-  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
-      s_query, head_rows<const Element>(problem.query, batch, head), problem.query.stride_row, row_begin, num_queries,
-      head_dim);
-  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
+  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_query,
+                                                            head_rows<const Element>(problem.query, batch, head),
+                                                            problem.query.stride_row, row_begin, num_queries, head_dim);
+  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(
       s_grad_out, head_rows<const Element>(params.grad_out, batch, head), params.grad_out.stride_row, row_begin,
       num_queries, value_head_dim);
+  ptx::cp_async_commit();
   const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
-  const Entmax<AlphaKind::kGeneral> entmax{alpha};
+  const EntmaxOf<Element, AlphaKind::kGeneral> entmax{alpha};
   float tau[2];
   int visible[2];
 #pragma unroll
@@ -75,7 +77,7 @@ __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlock
     tau[half] = row < num_queries ? params.tau[row_index(problem, batch, head, row)] : INFINITY;
     visible[half] = range.num_visible_keys(row);
   }
-  RowFragmentsInSmem<kHeadDim> query, grad_out;
+  RowFragmentsInSmem<kCols> query, grad_out;
   query.load(s_query, warp * kMmaM);
   grad_out.load(s_grad_out, warp * kMmaM);
 
@@ -90,16 +92,16 @@ __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlock
   GradSums<float> sums[2] = {};
   for (int tile = tiles.next(); tile >= 0; tile = tiles.next()) {
     for (int key_begin = tile * kMaskKeys; key_begin < (tile + 1) * kMaskKeys; key_begin += Config::kBlockN) {
-      copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(s_key, g_key, problem.key.stride_row, key_begin,
-                                                                   key_end, head_dim);
-      copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(s_value, g_value, problem.value.stride_row,
-                                                                   key_begin, key_end, value_head_dim);
+      copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_key, g_key, problem.key.stride_row, key_begin,
+                                                                key_end, head_dim);
+      copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_value, g_value, problem.value.stride_row, key_begin,
+                                                                key_end, value_head_dim);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();
       float score[kFragmentsN][4], grad_prob[kFragmentsN][4];
-      multiply_transposed<Element, kHeadDim>(score, query, s_key);
-      multiply_transposed<Element, kHeadDim>(grad_prob, grad_out, s_value);
+      multiply_transposed<Element, kCols>(score, query, s_key);
+      multiply_transposed<Element, kCols>(grad_prob, grad_out, s_value);
       if (problem.mask.data != nullptr) {
         const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
         mask.apply_to(score, warp_row, key_begin, visible[0], visible[1]);

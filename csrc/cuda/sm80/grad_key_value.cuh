@@ -90,12 +90,14 @@ __device__ __forceinline__ void clear_rows_where_nan(uint8_t* s_tile, const floa
 }
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
-__global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
+__global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim>>::kThreads, kMinBlocksPerSm)
     grad_key_value_kernel(const GradParams params) {
-  using Config = GradKeyValueConfig<kHeadDim>;
+  constexpr int kCols = kTileCols<Element, kHeadDim>;
+  using Config = GradKeyValueConfig<kCols>;
   constexpr int kFragmentsM = Config::kBlockM / kMmaN;  // queries are the columns here
-  constexpr int kFragmentsGrad = Config::kGradChunk / kMmaN;
-  constexpr int kStageBytes = Config::kBlockM * kHeadDim * 2;
+  constexpr int kGradChunk = kChunkOf<Element, Config::kGradChunk>;
+  constexpr int kFragmentsGrad = kGradChunk / kMmaN;
+  constexpr int kStageBytes = Config::kBlockM * kCols * 2;
   constexpr int kStatStageBytes = Config::kBlockM * 4;
 
   const AttentionProblem& problem = params.problem;
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
   const int key_tile = blockIdx.x, key_begin = key_tile * Config::kBlockN;
   const int warp = warp_id(), lane = lane_id();
   const int warp_key = key_begin + warp * kMmaM;
-  const int grad_begin = grad_chunk * Config::kGradChunk;
+  const int grad_begin = grad_chunk * kGradChunk;
 
   const WorkRange range = work_range(problem, batch);
   const int num_keys = range.num_keys, num_rows = range.num_live_rows();
@@ -123,13 +125,13 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
   const float* s_stats = reinterpret_cast<const float*>(smem + 2 * Config::kKeyBytes + 2 * Config::kQueryBytes);
 
   // Phase 1: keys and values stay in shared memory (their fragments would take the registers of dk and dv).
-  copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(s_key,
-                                                               head_rows<const Element>(problem.key, batch, kv_head),
-                                                               problem.key.stride_row, key_begin, key_end, head_dim);
-  copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
+  copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_key,
+                                                            head_rows<const Element>(problem.key, batch, kv_head),
+                                                            problem.key.stride_row, key_begin, key_end, head_dim);
+  copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
       s_value, head_rows<const Element>(problem.value, batch, kv_head), problem.value.stride_row, key_begin, key_end,
       value_head_dim);
-  RowFragmentsInSmem<kHeadDim> key, value;
+  RowFragmentsInSmem<kCols> key, value;
   key.load(s_key, warp * kMmaM);
   value.load(s_value, warp * kMmaM);
   int first_row[2];
@@ -144,10 +146,10 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
       head_words, kv_head * group_size, group_size, mask_shape.group_words());
   const auto copy = [&](int stage) {
     const int head = blocks.head(), row_begin = blocks.row_begin();
-    copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
-        s_query + stage * kStageBytes, head_rows<const Element>(problem.query, batch, head), problem.query.stride_row,
-        row_begin, num_rows, head_dim);
-    copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
+    copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_query + stage * kStageBytes,
+                                                              head_rows<const Element>(problem.query, batch, head),
+                                                              problem.query.stride_row, row_begin, num_rows, head_dim);
+    copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(
         s_grad_out + stage * kStageBytes, head_rows<const Element>(params.grad_out, batch, head),
         params.grad_out.stride_row, row_begin, num_rows, value_head_dim);
     for (int i = threadIdx.x; i < Config::kBlockM; i += Config::kThreads) {
@@ -173,12 +175,12 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
     ptx::cp_async_commit();
 
     const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
-    const Entmax<kKind> entmax{alpha};
+    const EntmaxOf<Element, kKind> entmax{alpha};
     const float* s_block_tau = s_stats + stage * Config::kBlockM;
     if (any_is_nan<Config::kBlockM>(s_block_tau)) {
-      clear_rows_where_nan<Config::kBlockM, kHeadDim, Config::kThreads>(
-          smem + 2 * Config::kKeyBytes + stage * kStageBytes, s_block_tau);
-      clear_rows_where_nan<Config::kBlockM, kHeadDim, Config::kThreads>(
+      clear_rows_where_nan<Config::kBlockM, kCols, Config::kThreads>(smem + 2 * Config::kKeyBytes + stage * kStageBytes,
+                                                                     s_block_tau);
+      clear_rows_where_nan<Config::kBlockM, kCols, Config::kThreads>(
           smem + 2 * Config::kKeyBytes + Config::kQueryBytes + stage * kStageBytes, s_block_tau);
       __syncthreads();
     }
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
         range.num_visible_keys(row_begin) < key_begin + Config::kBlockN || row_begin + Config::kBlockM > num_rows;
 
     float prob[kFragmentsM][4], weight[kFragmentsM][4];  // transposed: 16 keys x kBlockM queries
-    multiply_transposed<Element, kHeadDim>(weight, key, s_query + stage * kStageBytes);
+    multiply_transposed<Element, kCols>(weight, key, s_query + stage * kStageBytes);
     if (problem.mask.data != nullptr) {
       const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
 #pragma unroll
@@ -216,9 +218,9 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
     }
     if (!__any_sync(kAllLanes, is_live)) continue;
 
-    multiply_add<Element, kHeadDim>(grad_value, prob, s_grad_out + stage * kStageBytes, grad_begin / kChunkElements);
+    multiply_add<Element, kCols>(grad_value, prob, s_grad_out + stage * kStageBytes, 0, grad_begin);
     float grad_score[kFragmentsM][4];  // dP^T first
-    multiply_transposed<Element, kHeadDim>(grad_score, value, s_grad_out + stage * kStageBytes);
+    multiply_transposed<Element, kCols>(grad_score, value, s_grad_out + stage * kStageBytes);
 #pragma unroll
     for (int n = 0; n < kFragmentsM; ++n) {
 #pragma unroll
@@ -227,7 +229,7 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, kMinBl
         grad_score[n][e] = weight[n][e] * (grad_score[n][e] - delta);
       }
     }
-    multiply_add<Element, kHeadDim>(grad_key, grad_score, s_query + stage * kStageBytes, grad_begin / kChunkElements);
+    multiply_add<Element, kCols>(grad_key, grad_score, s_query + stage * kStageBytes, 0, grad_begin);
   }
   ptx::cp_async_wait<0>();
 

@@ -31,12 +31,13 @@ namespace adasplash2::cuda {
 
 // NOTE: masks have an instance of their own, as in the scan: at head dim 256 no register is free for them.
 template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasMask>
-__global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
+__global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>>::kThreads, kMinBlocksPerSm)
     grad_query_kernel(const GradParams params) {
-  using Config = GradQueryConfig<kHeadDim>;
-  using Fragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kHeadDim>, RowFragmentsInSmem<kHeadDim>>;
+  constexpr int kCols = kTileCols<Element, kHeadDim>;
+  using Config = GradQueryConfig<kCols>;
+  using Fragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
   constexpr int kFragmentsN = Config::kBlockN / kMmaN;
-  constexpr int kStageBytes = Config::kBlockN * kHeadDim * 2;
+  constexpr int kStageBytes = Config::kBlockN * kCols * 2;
   constexpr int kPartsPerTile = kMaskKeys / Config::kBlockN;
 
   const AttentionProblem& problem = params.problem;
@@ -61,15 +62,15 @@ __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlock
   const uint32_t s_value = s_key + Config::kKeyBytes;
 
   // Phase 1: what stays for the whole block.
-  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
-      s_query, head_rows<const Element>(problem.query, batch, head), problem.query.stride_row, row_begin, num_queries,
-      head_dim);
-  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(
+  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_query,
+                                                            head_rows<const Element>(problem.query, batch, head),
+                                                            problem.query.stride_row, row_begin, num_queries, head_dim);
+  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(
       s_grad_out, head_rows<const Element>(params.grad_out, batch, head), params.grad_out.stride_row, row_begin,
       num_queries, value_head_dim);
   ptx::cp_async_commit();
   const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
-  const Entmax<kKind> entmax{alpha};
+  const EntmaxOf<Element, kKind> entmax{alpha};
   float tau[2], delta[2];
   int visible[2];
 #pragma unroll
@@ -103,9 +104,9 @@ __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlock
   };
   const auto copy = [&](int key_begin, int stage) {
     if (key_begin >= 0) {
-      copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
-          s_key + stage * kStageBytes, g_key, problem.key.stride_row, key_begin, key_end, head_dim);
-      copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
+      copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_key + stage * kStageBytes, g_key,
+                                                                problem.key.stride_row, key_begin, key_end, head_dim);
+      copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
           s_value + stage * kStageBytes, g_value, problem.value.stride_row, key_begin, key_end, value_head_dim);
     }
     ptx::cp_async_commit();
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlock
     copy(next_key_begin, stage ^ 1);
 
     float weight[kFragmentsN][4];
-    multiply_transposed<Element, kHeadDim>(weight, query, s_key + stage * kStageBytes);
+    multiply_transposed<Element, kCols>(weight, query, s_key + stage * kStageBytes);
     if constexpr (kHasMask) {
       const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
       mask.apply_to(weight, warp_row, key_begin, visible[0], visible[1]);
@@ -143,13 +144,13 @@ __global__ void __launch_bounds__(GradQueryConfig<kHeadDim>::kThreads, kMinBlock
     }
     if (__any_sync(kAllLanes, is_live)) {
       float grad_score[kFragmentsN][4];  // dP first
-      multiply_transposed<Element, kHeadDim>(grad_score, grad_out, s_value + stage * kStageBytes);
+      multiply_transposed<Element, kCols>(grad_score, grad_out, s_value + stage * kStageBytes);
 #pragma unroll
       for (int n = 0; n < kFragmentsN; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) grad_score[n][e] = weight[n][e] * (grad_score[n][e] - delta[e / 2]);
       }
-      multiply_add<Element, kHeadDim>(grad_query, grad_score, s_key + stage * kStageBytes, 0);
+      multiply_add<Element, kCols>(grad_query, grad_score, s_key + stage * kStageBytes, 0, 0);
     }
     key_begin = next_key_begin;
   }

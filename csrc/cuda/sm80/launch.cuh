@@ -21,8 +21,10 @@ namespace adasplash2::cuda::sm80 {
 
 template <typename Element, int kHeadDim>
 struct Instance {
+  static constexpr int kCols = kTileCols<Element, kHeadDim>;
+
   static void scan(const Forward& call, const ForwardWorkspace& workspace) {
-    using Config = ScanConfig<kHeadDim>;
+    using Config = ScanConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     for_alpha_kind(problem, [&](auto kind) {
       // The scan needs the power function in its solve only: alpha = 2 takes the general one.
@@ -35,9 +37,9 @@ struct Instance {
   }
 
   static void output(const Forward& call, const ForwardWorkspace& workspace) {
-    using Config = OutputConfig<kHeadDim>;
+    using Config = OutputConfig<kCols>;
     const AttentionProblem& problem = call.problem;
-    const int64_t num_chunks = ceil_div<int64_t>(problem.value_head_dim, Config::kValueChunk);
+    const int64_t num_chunks = ceil_div<int64_t>(problem.value_head_dim, kChunkOf<Element, Config::kValueChunk>);
     for_alpha_kind(problem, [&](auto kind) {
       launch_kernel(
           output_kernel<Element, kHeadDim, kind()>,
@@ -55,7 +57,7 @@ struct Instance {
   }
 
   static void grad_query(const Backward& call, const BackwardWorkspace& workspace) {
-    using Config = GradQueryConfig<kHeadDim>;
+    using Config = GradQueryConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     for_alpha_kind(problem, [&](auto kind) {
       launch_kernel(problem.mask.data == nullptr ? grad_query_kernel<Element, kHeadDim, kind(), false>
@@ -67,11 +69,11 @@ struct Instance {
   }
 
   static void grad_key_value(const Backward& call, const BackwardWorkspace& workspace) {
-    using Config = GradKeyValueConfig<kHeadDim>;
+    using Config = GradKeyValueConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     if (problem.num_queries > 0) launch_mask_transpose(call, workspace);
     const int64_t largest_dim = problem.head_dim > problem.value_head_dim ? problem.head_dim : problem.value_head_dim;
-    const int64_t num_chunks = ceil_div<int64_t>(largest_dim, Config::kGradChunk);
+    const int64_t num_chunks = ceil_div<int64_t>(largest_dim, kChunkOf<Element, Config::kGradChunk>);
     for_alpha_kind(problem, [&](auto kind) {
       launch_kernel(grad_key_value_kernel<Element, kHeadDim, kind()>,
                     grid_of(problem, ceil_div<int64_t>(problem.num_keys, kMaskKeys), problem.num_kv_heads * num_chunks),
@@ -81,7 +83,7 @@ struct Instance {
   }
 
   static void grad_alpha(const Backward& call, const BackwardWorkspace& workspace) {
-    using Config = GradQueryConfig<kHeadDim>;
+    using Config = GradQueryConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     const cudaStream_t stream = stream_of(call.stream);
     if (problem.num_queries > 0) {

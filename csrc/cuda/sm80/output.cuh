@@ -67,14 +67,16 @@ __device__ __forceinline__ RowSums quad_sum(const RowSums& sums) {
 }
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
-__global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
+__global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kThreads, kMinBlocksPerSm)
     output_kernel(const OutputParams params) {
-  using Config = OutputConfig<kHeadDim>;
-  using Fragments = std::conditional_t<Config::template kQueryInRegisters<kKind>, RowFragments<kHeadDim>,
-                                       RowFragmentsInSmem<kHeadDim>>;
+  constexpr int kCols = kTileCols<Element, kHeadDim>;
+  using Config = OutputConfig<kCols>;
+  using Fragments =
+      std::conditional_t<Config::template kQueryInRegisters<kKind>, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
+  constexpr int kValueChunk = kChunkOf<Element, Config::kValueChunk>;
   constexpr int kFragmentsN = Config::kKeysPerStep / kMmaN;
-  constexpr int kFragmentsV = Config::kValueChunk / kMmaN;
-  constexpr int kKeyStageBytes = Config::kBlockN * kHeadDim * 2;
+  constexpr int kFragmentsV = kValueChunk / kMmaN;
+  constexpr int kKeyStageBytes = Config::kBlockN * kCols * 2;
   constexpr int kValueStageBytes = Config::kBlockN * Config::kValueChunk * 2;
 
   const AttentionProblem& problem = params.problem;
@@ -83,8 +85,8 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
   const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
   const int warp = warp_id(), lane = lane_id();
   const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * kMaskRows;
-  const int value_begin = value_chunk * Config::kValueChunk;
-  const int num_value_cols = min(static_cast<int>(problem.value_head_dim) - value_begin, Config::kValueChunk);
+  const int value_begin = value_chunk * kValueChunk;
+  const int num_value_cols = min(static_cast<int>(problem.value_head_dim) - value_begin, kValueChunk);
 
   const WorkRange range = work_range(problem, batch);
   const int num_queries = range.num_queries, head_dim = static_cast<int>(problem.head_dim);
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
   int* s_flags = reinterpret_cast<int*>(smem + Config::kQueryBytes + Config::kKeyBytes + Config::kValueBytes);
 
   const auto copy_keys = [&](int tile, int stage) {
-    copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
+    copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
         s_key + stage * kKeyStageBytes, g_key, problem.key.stride_row, tile * Config::kBlockN, key_end, head_dim);
   };
   const auto copy_values = [&](int tile, int stage) {
@@ -123,11 +125,11 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
   };
 
   // Phase 1: the queries and what the scan found.
-  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(s_query, g_query, problem.query.stride_row, row_begin,
-                                                               num_queries, head_dim);
+  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_query, g_query, problem.query.stride_row, row_begin,
+                                                            num_queries, head_dim);
   ptx::cp_async_commit();
   const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
-  const Entmax<kKind> entmax{alpha};
+  const EntmaxOf<Element, kKind> entmax{alpha};
   RowPair rows;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
     rows.visible[half] = range.num_visible_keys(row);
     rows.tau[half] = row < num_queries ? params.tau_lower[head_row + row] : INFINITY;
   }
-  bool is_coarse = false;
+  bool is_coarse = std::is_same_v<Element, float>;  // a result in float always takes a tau that is right to rounding
   for (int row = row_begin + lane; row < min(row_begin + Config::kBlockM, num_queries); row += kWarpSize) {
     is_coarse |= params.is_coarse[head_row + row] != 0;
   }
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
   };
 
   const auto compute_gaps = [&](float (&gap)[kFragmentsN][4], int tile, int stage, int first_key) {
-    multiply_transposed<Element, kHeadDim>(gap, query, s_key + stage * kKeyStageBytes + first_key * kHeadDim * 2);
+    multiply_transposed<Element, kCols>(gap, query, s_key + stage * kKeyStageBytes + first_key * kCols * 2);
     const int key_begin = tile * Config::kBlockN + first_key;
     if (problem.mask.data != nullptr) {
       const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
       float gap[kFragmentsN][4];
       if (!compute_gaps(gap, tile, stage, first_key)) continue;
       mask_bits |= mask_bit(tile);
-      const uint32_t s_tile = s_value + stage * kValueStageBytes + first_key * Config::kValueChunk * 2;
+      const uint32_t s_tile = s_value + stage * kValueStageBytes;
 #pragma unroll
       for (int k = 0; k < kFragmentsN; k += 2) {
         float weight[2][4], prob[2][4];
@@ -247,18 +249,8 @@ __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, kMinBlocksPe
             add_key(sums[e / 2], gap[k + i][e], weight[i][e]);
           }
         }
-        uint32_t prob_a[4], weight_a[4];
-        accumulators_to_a<Element>(prob_a, prob[0], prob[1]);
-        accumulators_to_a<Element>(weight_a, weight[0], weight[1]);
-#pragma unroll
-        for (int n = 0; n < kFragmentsV; n += 2) {
-          uint32_t b[4];
-          load_b_transposed<Config::kValueChunk>(b, s_tile, k * kMmaN, n);
-          ptx::mma_m16n8k16<Element>(sum_prob_v[n], prob_a, b[0], b[1]);
-          ptx::mma_m16n8k16<Element>(sum_prob_v[n + 1], prob_a, b[2], b[3]);
-          ptx::mma_m16n8k16<Element>(sum_weight_v[n], weight_a, b[0], b[1]);
-          ptx::mma_m16n8k16<Element>(sum_weight_v[n + 1], weight_a, b[2], b[3]);
-        }
+        multiply_add_both<Element, Config::kValueChunk>(sum_prob_v, prob, sum_weight_v, weight, s_tile,
+                                                        first_key + k * kMmaN);
       }
     }
   });

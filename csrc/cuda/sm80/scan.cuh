@@ -228,12 +228,13 @@ __device__ __forceinline__ bool is_time_to_solve(int num_tiles_done) {
 
 // NOTE: masks have an instance of their own: reading them takes registers that the others have no room for.
 template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasMask>
-__global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerSm)
+__global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThreads, kMinBlocksPerSm)
     scan_kernel(const ScanParams params) {
-  using Config = ScanConfig<kHeadDim>;
+  constexpr int kCols = kTileCols<Element, kHeadDim>;
+  using Config = ScanConfig<kCols>;
   constexpr int kFragmentsM = Config::kRowsPerWarp / kMmaM;
   constexpr int kFragmentsN = Config::kBlockN / kMmaN;
-  constexpr int kStageBytes = Config::kBlockN * kHeadDim * 2;
+  constexpr int kStageBytes = Config::kBlockN * kCols * 2;
 
   const AttentionProblem& problem = params.problem;
   const int batch = blockIdx.z, head = blockIdx.y;
@@ -257,12 +258,12 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
   float* s_snapshots = reinterpret_cast<float*>(smem + Config::kKeyBytes + Config::kHistogramBytes + Config::kHitBytes);
 
   // Phase 1: the queries pass through the key ring into registers, where they stay.
-  copy_tile_async<Config::kBlockM, kHeadDim, Config::kThreads>(s_key, g_query, problem.query.stride_row, row_begin,
-                                                               num_queries, head_dim);
+  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_key, g_query, problem.query.stride_row, row_begin,
+                                                            num_queries, head_dim);
   ptx::cp_async_commit();
 
   const float alpha = head_alpha(problem, batch, head);
-  RowBounds<kHeadDim, kKind> bounds;
+  RowBounds<kCols, kKind> bounds;
   const float scale = score_scale(problem);
   bounds.init(warp, s_histograms, s_hits, s_snapshots, (alpha - 1.0f) * fabsf(scale), alpha);
   int visible[Config::kRowsPerLane];  // keys that the row sees
@@ -277,18 +278,18 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
 
   ptx::cp_async_wait<0>();
   __syncthreads();
-  RowFragments<kHeadDim> query[kFragmentsM];
+  RowFragments<kCols> query[kFragmentsM];
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) query[i].load(s_key, warp * Config::kRowsPerWarp + i * kMmaM);
   __syncthreads();
   if (scale < 0.0f) {  // scores must grow with z
 #pragma unroll
-    for (int i = 0; i < kFragmentsM; ++i) query[i].negate();
+    for (int i = 0; i < kFragmentsM; ++i) query[i].template negate<Element>();
   }
 
   const auto copy_keys = [&](int step, int stage) {
     if (step < num_tiles) {
-      copy_tile_async<Config::kBlockN, kHeadDim, Config::kThreads>(
+      copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
           s_key + stage * kStageBytes, g_key, problem.key.stride_row, (num_tiles - 1 - step) * Config::kBlockN, key_end,
           head_dim);
     }
@@ -335,19 +336,23 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, kMinBlocksPerS
     stage = stage == Config::kStages - 1 ? 0 : stage + 1;
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i) clear(score[i]);
+    for_each_terms<Element>([&](auto terms) {
 #pragma unroll
-    for (int k = 0; k < kHeadDim / kMmaK; ++k) {
+      for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
+        MmaOperand<Element> a[kFragmentsM];
 #pragma unroll
-      for (int n = 0; n < kFragmentsN; n += 2) {
-        uint32_t b[4];
-        load_b<kHeadDim>(b, s_tile, n * kMmaN, k);
+        for (int i = 0; i < kFragmentsM; ++i) a[i] = operand_a<Element, terms()>(query[i], k);
 #pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
-          ptx::mma_m16n8k16<Element>(score[i][n], query[i].a[k], b[0], b[1]);
-          ptx::mma_m16n8k16<Element>(score[i][n + 1], query[i].a[k], b[2], b[3]);
+        for (int n = 0; n < kFragmentsN; n += 2) {
+          const auto b = operand_b<Element, terms(), kCols>(s_tile, n * kMmaN, k);
+#pragma unroll
+          for (int i = 0; i < kFragmentsM; ++i) {
+            multiply_add<terms()>(score[i][n], a[i], b, 0);
+            multiply_add<terms()>(score[i][n + 1], a[i], b, 1);
+          }
         }
       }
-    }
+    });
 
     // Phase 4: keys that a row does not see score -inf; looked for in tiles at an edge only, and in masks.
     const int key_begin = tile * Config::kBlockN;

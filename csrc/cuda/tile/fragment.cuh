@@ -1,4 +1,6 @@
-// Which lane holds what of an mma.m16n8k16, and how fragments come out of a SwizzledTile.
+// Which lane holds what of an mma.m16n8k16, and how fragments come out of a SwizzledTile. 16 columns of floats are two
+// fragments of the tile: a lane then holds the columns c, c + 4, c + 8 and c + 12, c = lane % 4, in the places of four
+// others. k is a sum, so that does not matter as long as both factors do it.
 //
 //   accumulator (16 x 8)      value e of a lane: row lane / 4 + 8 * (e / 2), column 2 * (lane % 4) + e % 2
 //   A from rows [m][k]        load_a:  16 rows x 16 columns
@@ -9,11 +11,14 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <dynamic_smem.cuh>
+#include <type_traits>
 
 #include "cuda/config.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared_address.cuh"
 #include "cuda/tile/smem_layout.cuh"
 
 namespace adasplash2::cuda {
@@ -48,6 +53,72 @@ __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], uint32_t s_t
   ptx::ldmatrix_x4_trans(b, s_tile + SwizzledTile<kCols>::offset(row + lane % 16, chunk + lane / 16));
 }
 
+// A fragment as mma.m16n8k16 takes it: A, or two n8 fragments of B.
+template <typename Element>
+struct MmaOperand {
+  uint32_t value[4];
+};
+
+// A float is the sum of three bfloat16, all its 24 bits. Of the nine products of two such sums the six largest are
+// formed: what is left out is below 2^-24 of the whole. A score is the difference of few large terms, so the five small
+// ones are added up first, over all k: the sum then takes as many roundings of its own size as in float.
+enum class Terms { kAll, kSmall, kLarge };
+
+// body(std::integral_constant<Terms, ...>) for each pass over k.
+template <typename Element, typename Body>
+__device__ __forceinline__ void for_each_terms(const Body& body) {
+  if constexpr (std::is_same_v<Element, float>) {
+    body(std::integral_constant<Terms, Terms::kSmall>{});
+    body(std::integral_constant<Terms, Terms::kLarge>{});
+  } else {
+    body(std::integral_constant<Terms, Terms::kAll>{});
+  }
+}
+
+template <>
+struct MmaOperand<float> {
+  uint32_t high[4], middle[4], low[4];
+
+  // The two floats of register i.
+  template <Terms kTerms>
+  __device__ __forceinline__ void split(int i, float first, float second) {
+    high[i] = ptx::pack_bf16(first, second);
+    if constexpr (kTerms == Terms::kLarge) return;
+    remove(high[i], first, second);
+    middle[i] = ptx::pack_bf16(first, second);
+    remove(middle[i], first, second);
+    low[i] = ptx::pack_bf16(first, second);
+  }
+
+ private:
+  static __device__ __forceinline__ void remove(uint32_t packed, float& first, float& second) {
+    first -= __uint_as_float(packed << 16);
+    second -= __uint_as_float(packed & 0xffff0000u);
+  }
+};
+
+// acc += A * B, with the first or the second of the two n8 fragments that an operand B holds.
+template <Terms kTerms, typename Element>
+__device__ __forceinline__ void multiply_add(float (&acc)[4], const MmaOperand<Element>& a,
+                                             const MmaOperand<Element>& b, int which) {
+  const auto multiply = [&](const uint32_t (&left)[4], const uint32_t (&right)[4]) {
+    using Factor = std::conditional_t<std::is_same_v<Element, float>, __nv_bfloat16, Element>;
+    ptx::mma_m16n8k16<Factor>(acc, left, right[2 * which], right[2 * which + 1]);
+  };
+  if constexpr (!std::is_same_v<Element, float>) {
+    multiply(a.value, b.value);
+  } else {
+    if constexpr (kTerms != Terms::kLarge) {
+      multiply(a.low, b.high);
+      multiply(a.high, b.low);
+      multiply(a.middle, b.middle);
+      multiply(a.middle, b.high);
+      multiply(a.high, b.middle);
+    }
+    if constexpr (kTerms != Terms::kSmall) multiply(a.high, b.high);
+  }
+}
+
 // Two accumulators side by side (16 x 16), rounded to the input type, are an A fragment of the next product.
 template <typename Element>
 __device__ __forceinline__ void accumulators_to_a(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
@@ -80,11 +151,13 @@ struct RowFragments {
 #pragma unroll
     for (int i = 0; i < 4; ++i) fragment[i] = a[k][i];
   }
+  template <typename Element>
   __device__ __forceinline__ void negate() {
+    constexpr uint32_t kSigns = sizeof(Element) == 2 ? 0x80008000u : 0x80000000u;
 #pragma unroll
     for (int k = 0; k < kCols / kMmaK; ++k) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[k][i] ^= 0x80008000u;
+      for (int i = 0; i < 4; ++i) a[k][i] ^= kSigns;
     }
   }
 };
@@ -105,45 +178,143 @@ struct RowFragmentsInSmem {
   __device__ __forceinline__ void get(uint32_t (&fragment)[4], int k) const { load_a<kCols>(fragment, s_tile, row, k); }
 };
 
+// Steps of 16 along k in a tile of kCols columns.
+template <typename Element, int kCols>
+constexpr int kStepsOf = kCols * 2 / static_cast<int>(sizeof(Element)) / kMmaK;
+
+// 16 rows of A at step k.
+template <typename Element, Terms kTerms, typename Fragments>
+__device__ __forceinline__ MmaOperand<Element> operand_a(const Fragments& rows, int k) {
+  MmaOperand<Element> operand;
+  if constexpr (std::is_same_v<Element, float>) {
+    uint32_t left[4], right[4];
+    rows.get(left, 2 * k);
+    rows.get(right, 2 * k + 1);
+    operand.template split<kTerms>(0, __uint_as_float(left[0]), __uint_as_float(left[2]));
+    operand.template split<kTerms>(1, __uint_as_float(left[1]), __uint_as_float(left[3]));
+    operand.template split<kTerms>(2, __uint_as_float(right[0]), __uint_as_float(right[2]));
+    operand.template split<kTerms>(3, __uint_as_float(right[1]), __uint_as_float(right[3]));
+  } else {
+    rows.get(operand.value, k);
+  }
+  return operand;
+}
+
+// 16 rows of a tile at step k, transposed.
+template <typename Element, Terms kTerms, int kCols>
+__device__ __forceinline__ MmaOperand<Element> operand_b(uint32_t s_tile, int row, int k) {
+  MmaOperand<Element> operand;
+  if constexpr (std::is_same_v<Element, float>) {
+    uint32_t left[4], right[4];
+    load_b<kCols>(left, s_tile, row, 2 * k);
+    load_b<kCols>(right, s_tile, row, 2 * k + 1);
+    operand.template split<kTerms>(0, __uint_as_float(left[0]), __uint_as_float(left[1]));
+    operand.template split<kTerms>(1, __uint_as_float(right[0]), __uint_as_float(right[1]));
+    operand.template split<kTerms>(2, __uint_as_float(left[2]), __uint_as_float(left[3]));
+    operand.template split<kTerms>(3, __uint_as_float(right[2]), __uint_as_float(right[3]));
+  } else {
+    load_b<kCols>(operand.value, s_tile, row, k);
+  }
+  return operand;
+}
+
 // acc (16 x 8 kN) = A * tile^T, for a tile of 8 kN rows and kCols columns.
 template <typename Element, int kCols, int kN, typename Fragments>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[kN][4], const Fragments& rows, uint32_t s_tile) {
-  static_assert(kN % 2 == 0, "load_b brings two fragments");
+  static_assert(kN % 2 == 0, "an operand B holds two fragments");
   clear(acc);
+  for_each_terms<Element>([&](auto terms) {
 #pragma unroll(Fragments::kUnroll)
-  for (int k = 0; k < kCols / kMmaK; ++k) {
-    uint32_t a[4];
-    rows.get(a, k);
+    for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
+      const auto a = operand_a<Element, terms()>(rows, k);
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t b[4];
-      load_b<kCols>(b, s_tile, n * kMmaN, k);
-      ptx::mma_m16n8k16<Element>(acc[n], a, b[0], b[1]);
-      ptx::mma_m16n8k16<Element>(acc[n + 1], a, b[2], b[3]);
+      for (int n = 0; n < kN; n += 2) {
+        const auto b = operand_b<Element, terms(), kCols>(s_tile, n * kMmaN, k);
+        multiply_add<terms()>(acc[n], a, b, 0);
+        multiply_add<terms()>(acc[n + 1], a, b, 1);
+      }
     }
-  }
+  });
 }
 
-// acc (16 x 8 kN) += left (16 x 8 kK, rounded) * columns [8 chunk, 8 chunk + 8 kN) of the tile (8 kK rows).
+// Two accumulators side by side as a left operand.
+template <typename Element>
+__device__ __forceinline__ MmaOperand<Element> operand_of_accumulators(const float (&left)[4],
+                                                                       const float (&right)[4]) {
+  MmaOperand<Element> operand;
+  if constexpr (std::is_same_v<Element, float>) {
+    operand.template split<Terms::kAll>(0, left[0], left[1]);
+    operand.template split<Terms::kAll>(1, left[2], left[3]);
+    operand.template split<Terms::kAll>(2, right[0], right[1]);
+    operand.template split<Terms::kAll>(3, right[2], right[3]);
+  } else {
+    accumulators_to_a<Element>(operand.value, left, right);
+  }
+  return operand;
+}
+
+// 16 rows and 16 columns of a tile. ldmatrix transposes 16-bit elements only: floats are loaded one by one, eight rows
+// by four different banks at a time.
+template <typename Element, int kCols>
+__device__ __forceinline__ MmaOperand<Element> operand_b_of_columns(uint32_t s_tile, int first_row, int first_col) {
+  MmaOperand<Element> operand;
+  if constexpr (std::is_same_v<Element, float>) {
+    const uint8_t* smem = dynamic_smem() + (s_tile - ptx::shared_address(dynamic_smem()));
+    const int lane = lane_id();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = first_row + i % 2 * 8, col = first_col + lane / 4 + i / 2 * kMmaN;
+      const auto load = [&](int parity) {
+        const uint32_t offset = SwizzledTile<kCols>::offset(row + accumulator_col(lane, parity), col / 4) + col % 4 * 4;
+        return *reinterpret_cast<const float*>(smem + offset);
+      };
+      operand.template split<Terms::kAll>(i, load(0), load(1));
+    }
+  } else {
+    load_b_transposed<kCols>(operand.value, s_tile, first_row, first_col / kMmaN);
+  }
+  return operand;
+}
+
+// acc (16 x 8 kN) += left (16 x 8 kK, rounded to Element) * columns [first_col, first_col + 8 kN) of rows
+// [first_row, first_row + 8 kK) of the tile.
 template <typename Element, int kCols, int kN, int kK>
 __device__ __forceinline__ void multiply_add(float (&acc)[kN][4], const float (&left)[kK][4], uint32_t s_tile,
-                                             int chunk) {
+                                             int first_row, int first_col) {
 #pragma unroll
   for (int k = 0; k < kK; k += 2) {
-    uint32_t a[4];
-    accumulators_to_a<Element>(a, left[k], left[k + 1]);
+    const auto a = operand_of_accumulators<Element>(left[k], left[k + 1]);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
-      uint32_t b[4];
-      load_b_transposed<kCols>(b, s_tile, k * 8, chunk + n);
-      ptx::mma_m16n8k16<Element>(acc[n], a, b[0], b[1]);
-      ptx::mma_m16n8k16<Element>(acc[n + 1], a, b[2], b[3]);
+      const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row + k * kMmaN, first_col + n * kMmaN);
+      multiply_add<Terms::kAll>(acc[n], a, b, 0);
+      multiply_add<Terms::kAll>(acc[n + 1], a, b, 1);
     }
   }
 }
 
-// Writes 16 rows of accumulators, rounded, to global memory; rows at and past num_rows and columns at and past
-// num_cols (a multiple of 8) are not there.
+// The same for two left factors, which share each fragment of the tile.
+template <typename Element, int kCols, int kN, int kK>
+__device__ __forceinline__ void multiply_add_both(float (&acc)[kN][4], const float (&left)[kK][4],
+                                                  float (&other_acc)[kN][4], const float (&other_left)[kK][4],
+                                                  uint32_t s_tile, int first_row) {
+#pragma unroll
+  for (int k = 0; k < kK; k += 2) {
+    const auto a = operand_of_accumulators<Element>(left[k], left[k + 1]);
+    const auto other_a = operand_of_accumulators<Element>(other_left[k], other_left[k + 1]);
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row + k * kMmaN, n * kMmaN);
+      multiply_add<Terms::kAll>(acc[n], a, b, 0);
+      multiply_add<Terms::kAll>(acc[n + 1], a, b, 1);
+      multiply_add<Terms::kAll>(other_acc[n], other_a, b, 0);
+      multiply_add<Terms::kAll>(other_acc[n + 1], other_a, b, 1);
+    }
+  }
+}
+
+// Writes 16 rows of accumulators, rounded to Element, to global memory; rows at and past num_rows and columns at and
+// past num_cols (a multiple of 8) are not there.
 template <typename Element, int kN>
 __device__ __forceinline__ void store_rows(Element* g_rows, int64_t stride_row, const float (&acc)[kN][4], int num_rows,
                                            int num_cols) {
@@ -156,7 +327,12 @@ __device__ __forceinline__ void store_rows(Element* g_rows, int64_t stride_row, 
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       if (n * kMmaN >= num_cols) continue;
-      *reinterpret_cast<uint32_t*>(g_row + n * kMmaN) = ptx::pack<Element>(acc[n][2 * half], acc[n][2 * half + 1]);
+      const float low = acc[n][2 * half], high = acc[n][2 * half + 1];
+      if constexpr (std::is_same_v<Element, float>) {
+        *reinterpret_cast<float2*>(g_row + n * kMmaN) = make_float2(low, high);
+      } else {
+        *reinterpret_cast<uint32_t*>(g_row + n * kMmaN) = ptx::pack<Element>(low, high);
+      }
     }
   }
 }

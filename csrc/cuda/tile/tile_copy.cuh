@@ -10,7 +10,7 @@
 
 namespace adasplash2::cuda {
 
-// Rows [row_begin, row_begin + kRows) x columns [0, kCols) by all kThreads threads. Rows at and past row_end and
+// Rows [row_begin, row_begin + kRows) of a tile, all its columns, by all kThreads threads. Rows at and past row_end and
 // columns at and past num_cols are zeros, and global memory is not read there: padding may hold NaN.
 template <int kRows, int kCols, int kThreads, typename Element>
 __device__ __forceinline__ void copy_tile_async(uint32_t s_tile, const Element* g_rows, int64_t stride_row,
@@ -19,8 +19,8 @@ __device__ __forceinline__ void copy_tile_async(uint32_t s_tile, const Element* 
   constexpr int kRowsPerStep = kThreads / Tile::kChunksPerRow;
   static_assert(kThreads % Tile::kChunksPerRow == 0 && kRows % kRowsPerStep == 0, "every thread copies equally much");
   const int first_row = threadIdx.x / Tile::kChunksPerRow, chunk = threadIdx.x % Tile::kChunksPerRow;
-  const bool is_col_there = chunk * kChunkElements < num_cols;
-  const Element* g_chunk = g_rows + (row_begin + first_row) * stride_row + chunk * kChunkElements;
+  const bool is_col_there = chunk * kChunkElements<Element> < num_cols;
+  const Element* g_chunk = g_rows + (row_begin + first_row) * stride_row + chunk * kChunkElements<Element>;
   const int64_t step_elements = kRowsPerStep * stride_row;
 #pragma unroll
   for (int step = 0; step < kRows / kRowsPerStep; ++step) {
