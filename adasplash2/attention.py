@@ -86,7 +86,7 @@ def entmax_attention(
     :func:`torch.nn.functional.scaled_dot_product_attention`.
 
     Args:
-        query: ``(..., Hq, Nq, D)``; float32, bfloat16, float16 or float64; on CUDA bfloat16 or float16. Any strides.
+        query: ``(..., Hq, Nq, D)``; float32, bfloat16, float16 or float64 (not on CUDA). Any strides.
         key: ``(..., Hkv, Nk, D)``, of the dtype of ``query``.
         value: ``(..., Hkv, Nk, Dv)``, of the dtype of ``query``. Leading dimensions broadcast.
         attn_mask: broadcastable to ``(..., Hq, Nq, Nk)``. bool: True = the key takes part. Float, of the dtype of
@@ -111,7 +111,7 @@ def entmax_attention(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or alpha are not as described.
         NotImplementedError: ``dropout_p > 0``, or a functional transform (``torch.func``). On CUDA also the gradient
-            of ``attn_mask``, head dims above 256.
+            of ``attn_mask``, head dims above 256 (float32: 128).
 
     Source: entmax, its gradient and its bounds: Peters et al. 2019; alpha per head: Correia et al. 2019; one-scan
     attention: AdaSplash-2, arXiv 2604.15180.

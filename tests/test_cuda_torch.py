@@ -89,6 +89,14 @@ def test_named_inputs(name, head_dim):
 
 
 @on_gpu
+@pytest.mark.parametrize("name", ["gaussian", "sparse", "dense", "border", "huge_scores"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_float32(name, head_dim):
+    tensors = cases.inputs(name, Shape(1, 2, 257, 300, head_dim), torch.float32)
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3], is_causal=name == "dense")
+
+
+@on_gpu
 @pytest.mark.parametrize("head_dim, value_head_dim", [(1, 59), (8, 8), (40, 97), (59, 64), (96, 128), (256, 200)])
 def test_head_dims(head_dim, value_head_dim):
     """Those that are no multiple of 8 are padded by the binding, the others by the kernels."""
@@ -409,10 +417,9 @@ def test_options_that_are_not_built(option, change):
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtypes_that_are_not_built(dtype):
-    query, key, value, _ = gpu_inputs(Shape(1, 2, 70, 90), dtype)
-    with pytest.raises(NotImplementedError, match="bfloat16 and float16"):
+def test_float64_is_not_built():
+    query, key, value, _ = gpu_inputs(Shape(1, 2, 70, 90), torch.float64)
+    with pytest.raises(NotImplementedError, match="float32"):
         adasplash2.entmax_attention(query, key, value)
 
 

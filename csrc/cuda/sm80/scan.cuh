@@ -337,18 +337,19 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
 #pragma unroll
     for (int i = 0; i < kFragmentsM; ++i) clear(score[i]);
     for_each_terms<Element>([&](auto terms) {
+      constexpr Terms kTerms = decltype(terms)::value;
 #pragma unroll
       for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
         MmaOperand<Element> a[kFragmentsM];
 #pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) a[i] = operand_a<Element, terms()>(query[i], k);
+        for (int i = 0; i < kFragmentsM; ++i) a[i] = operand_a<Element, kTerms>(query[i], k);
 #pragma unroll
         for (int n = 0; n < kFragmentsN; n += 2) {
-          const auto b = operand_b<Element, terms(), kCols>(s_tile, n * kMmaN, k);
+          const auto b = operand_b<Element, kTerms, kCols>(s_tile, n * kMmaN, k);
 #pragma unroll
           for (int i = 0; i < kFragmentsM; ++i) {
-            multiply_add<terms()>(score[i][n], a[i], b, 0);
-            multiply_add<terms()>(score[i][n + 1], a[i], b, 1);
+            multiply_add<kTerms>(score[i][n], a[i], b, 0);
+            multiply_add<kTerms>(score[i][n + 1], a[i], b, 1);
           }
         }
       }

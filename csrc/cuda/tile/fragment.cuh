@@ -224,14 +224,15 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kN][4], const F
   static_assert(kN % 2 == 0, "an operand B holds two fragments");
   clear(acc);
   for_each_terms<Element>([&](auto terms) {
+    constexpr Terms kTerms = decltype(terms)::value;
 #pragma unroll(Fragments::kUnroll)
     for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
-      const auto a = operand_a<Element, terms()>(rows, k);
+      const auto a = operand_a<Element, kTerms>(rows, k);
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
-        const auto b = operand_b<Element, terms(), kCols>(s_tile, n * kMmaN, k);
-        multiply_add<terms()>(acc[n], a, b, 0);
-        multiply_add<terms()>(acc[n + 1], a, b, 1);
+        const auto b = operand_b<Element, kTerms, kCols>(s_tile, n * kMmaN, k);
+        multiply_add<kTerms>(acc[n], a, b, 0);
+        multiply_add<kTerms>(acc[n + 1], a, b, 1);
       }
     }
   });
