@@ -103,9 +103,11 @@ def machine_info(device: str = "cpu") -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, marked when the files differ from it."""
+    """The commit that is checked out, marked when the files differ; with no history, BENCH_COMMIT."""
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-    return "unknown" if not head else head + ("" if is_clean() else " + local changes")
+    if not head:
+        return os.environ.get("BENCH_COMMIT", "unknown")
+    return head + ("" if is_clean() else " + local changes")
 
 
 def is_clean() -> bool:

@@ -122,6 +122,15 @@ def test_results_are_kept_only_at_a_clean_commit(monkeypatch):
         attention.main(["--keep"])
 
 
+def test_commit_without_a_history(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("BENCH_COMMIT", "0123456789ab")
+    assert timing.commit() == "0123456789ab"
+    monkeypatch.delenv("BENCH_COMMIT")
+    assert timing.commit() == "unknown"
+
+
 def test_gpu_check_stops_at_what_is_missing(tmp_path):
     check = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), str(tmp_path / "out")]
     plan = subprocess.run([*check, "--dry-run"], capture_output=True, text=True, check=True).stdout
