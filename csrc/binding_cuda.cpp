@@ -52,9 +52,13 @@ cuda::Path requested_path() {
   return name == nullptr ? cuda::Path::kAuto : cuda::path_named(name);
 }
 
-// The same rows where the kernels can load 16 bytes at a time.
+// The same rows where the kernels can load 16 bytes at a time, and TMA whole boxes: it knows no repeated dimensions.
 Rows aligned_rows(Tensor& tensor) {
-  if (!cuda::is_aligned(rows(tensor), data_type(tensor))) tensor = tensor.clone(at::MemoryFormat::Contiguous);
+  bool is_repeated = false;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) is_repeated |= tensor.size(dim) > 1 && tensor.stride(dim) == 0;
+  if (is_repeated || !cuda::is_aligned(rows(tensor), data_type(tensor))) {
+    tensor = tensor.clone(at::MemoryFormat::Contiguous);
+  }
   return rows(tensor);
 }
 
