@@ -9,9 +9,9 @@
 
 namespace adasplash2 {
 
-// NOTE: gap_mean_v is taken before the last step, so the gradients feel what remains to first order, and it must vanish in
-// the rounding of 16 bits. Newton on the norm leaves up to about twice the square of its step (in units of the mean gap):
-// 0.3%. A row that needs more passes than these has stopped gaining from them.
+// NOTE: gap_mean_v is taken before the last step, so the gradients feel what remains to first order, and it must vanish
+// in the rounding of 16 bits. Newton on the norm leaves up to about twice the square of its step (in units of the mean
+// gap): 0.3%. A row that needs more passes than these has stopped gaining from them.
 constexpr float kLargestLastRefinement = 0.04f;
 constexpr int kMaxRefinements = 6;
 
