@@ -5,6 +5,7 @@
 #include "math/block_mask.h"
 #include "math/entmax.h"
 #include "math/histogram.h"
+#include "params.h"
 
 namespace adasplash2::cuda {
 
@@ -18,8 +19,11 @@ constexpr int kLargestHeadDim = 256;
 constexpr int kLargestFloatHeadDim = 128;
 
 // Head dims that are built; any multiple of 8 is padded with zeros, on the fly, to the next of them. The sizes below
-// are those of 16-bit elements: a float takes the room of two, so float32 at 64 and 128 are laid out as 128 and 256.
-constexpr int instance_head_dim(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+// are those of 16-bit elements: a float takes the room of two, so float32 at 128 is laid out as 256.
+// NOTE: float32 has one instance. With 32 rows a warp, as at 128, its scores and three parts of each operand spill.
+constexpr int instance_head_dim(int64_t head_dim, DataType dtype) {
+  return head_dim <= 64 && dtype != DataType::kFloat32 ? 64 : head_dim <= 128 ? 128 : 256;
+}
 
 // Pass A. A warp owns its rows alone: their histogram needs no other warp.
 template <int kHeadDim>

@@ -40,9 +40,8 @@ constexpr std::array<const char*, 3> kPathNames{"auto", "sm80", "sm90"};
 
 using Instances = std::initializer_list<const Passes*>;
 
-constexpr Instances kPortableInstances{&sm80::bfloat16_64, &sm80::bfloat16_128, &sm80::bfloat16_256,
-                                       &sm80::float16_64,  &sm80::float16_128,  &sm80::float16_256,
-                                       &sm80::float32_64,  &sm80::float32_128};
+constexpr Instances kPortableInstances{&sm80::bfloat16_64, &sm80::bfloat16_128, &sm80::bfloat16_256, &sm80::float16_64,
+                                       &sm80::float16_128, &sm80::float16_256,  &sm80::float32_128};
 #ifdef ADASPLASH2_CUDA_SM90
 constexpr Instances kHopperInstances{&sm90::bfloat16_64, &sm90::bfloat16_128, &sm90::float16_64, &sm90::float16_128};
 #else
@@ -51,7 +50,7 @@ constexpr Instances kHopperInstances{};
 constexpr bool kHasSm90 = kHopperInstances.size() > 0;
 
 const Passes* find_instance(Instances instances, const AttentionProblem& problem) {
-  const int head_dim = instance_head_dim(std::max(problem.head_dim, problem.value_head_dim));
+  const int head_dim = instance_head_dim(std::max(problem.head_dim, problem.value_head_dim), problem.dtype);
   for (const Passes* passes : instances) {
     if (passes->dtype == problem.dtype && passes->head_dim == head_dim) return passes;
   }

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <dynamic_smem.cuh>
+#include <type_traits>
 
 #include "cuda/config.h"
 #include "cuda/pass_params.h"
@@ -340,6 +341,7 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
       constexpr Terms kTerms = decltype(terms)::value;
 #pragma unroll
       for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
+        if constexpr (std::is_same_v<Element, float>) __syncwarp();  // see multiply_transposed()
         MmaOperand<Element> a[kFragmentsM];
 #pragma unroll
         for (int i = 0; i < kFragmentsM; ++i) a[i] = operand_a<Element, kTerms>(query[i], k);

@@ -228,7 +228,7 @@ struct GradKeyValueBlock {
       const bool is_bad = !(tau[i] < INFINITY);
       for (uint32_t bad_rows = __ballot_sync(kAllLanes, is_bad); bad_rows != 0; bad_rows &= bad_rows - 1) {
         const int row = i * kWarpSize + __ffs(static_cast<int>(bad_rows)) - 1, chunk = lane_id();
-        if (chunk >= kHeadDim / kChunkElements) continue;
+        if (chunk >= kHeadDim / kChunkElements<Element>) continue;
         uint8_t* s_chunk = smem + stage * Tile::kBytes + Tile::offset(row, chunk);
         *reinterpret_cast<uint4*>(s_chunk + Smem::kQuery) = uint4{};
         *reinterpret_cast<uint4*>(s_chunk + Smem::kGradOut) = uint4{};

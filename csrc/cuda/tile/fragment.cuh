@@ -227,6 +227,8 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kN][4], const F
     constexpr Terms kTerms = decltype(terms)::value;
 #pragma unroll(Fragments::kUnroll)
     for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
+      // NOTE: lets no load of this step move up to those before: parts of several steps at once would spill registers.
+      if constexpr (std::is_same_v<Element, float>) __syncwarp();
       const auto a = operand_a<Element, kTerms>(rows, k);
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
