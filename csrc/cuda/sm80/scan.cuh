@@ -347,6 +347,7 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
         for (int i = 0; i < kFragmentsM; ++i) a[i] = operand_a<Element, kTerms>(query[i], k);
 #pragma unroll
         for (int n = 0; n < kFragmentsN; n += 2) {
+          if constexpr (std::is_same_v<Element, float>) __syncwarp();
           const auto b = operand_b<Element, kTerms, kCols>(s_tile, n * kMmaN, k);
 #pragma unroll
           for (int i = 0; i < kFragmentsM; ++i) {

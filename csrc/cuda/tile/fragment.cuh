@@ -307,6 +307,7 @@ __device__ __forceinline__ void multiply_add_both(float (&acc)[kN][4], const flo
     const auto other_a = operand_of_accumulators<Element>(other_left[k], other_left[k + 1]);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
+      if constexpr (std::is_same_v<Element, float>) __syncwarp();
       const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row + k * kMmaN, n * kMmaN);
       multiply_add<Terms::kAll>(acc[n], a, b, 0);
       multiply_add<Terms::kAll>(acc[n + 1], a, b, 1);
