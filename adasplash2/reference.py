@@ -348,6 +348,8 @@ def _visible(
 def _count_tiles(pairs: Tensor) -> Tensor:
     """The number of TILE x TILE tiles of `pairs` (..., Nq, Nk) that hold a True, float32 (...)."""
     num_queries, num_keys = pairs.shape[-2:]
+    if pairs.numel() == 0:  # which pad() of torch 2.6 refuses
+        return pairs.new_zeros(pairs.shape[:-2], dtype=torch.float32)
     padded = torch.nn.functional.pad(pairs, (0, -num_keys % TILE, 0, -num_queries % TILE))
     tiles = padded.reshape(*pairs.shape[:-2], padded.shape[-2] // TILE, TILE, padded.shape[-1] // TILE, TILE)
     count: Tensor = tiles.any(-1).any(-2).sum((-1, -2), dtype=torch.float32)
