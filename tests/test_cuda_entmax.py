@@ -132,7 +132,7 @@ BUGS = {
     "the bound is above tau": Patch(KERNELS, "fmaxf(tau_lower, bound.tau_lower)", "bound.tau_lower + 0.25f"),
     "tau stays where the histogram put it": Patch(KERNELS, "tau + entmax.newton_step(sums)", "tau"),
     "half of a team is left out": Patch(KERNELS, "distance = num_members / 2;", "distance = num_members / 4;"),
-    "delta is left out": Patch(KERNELS, "static_cast<Real>(g_grad_prob[at]) - delta)", "g_grad_prob[at])"),
+    "delta is left out": Patch(KERNELS, "(g_grad_prob[at]) - delta)", "(g_grad_prob[at]) + 0 * delta)"),
     "alpha of the first slice for all": Patch(KERNELS, "problem.alpha_slices[slice]", "problem.alpha_slices[0]"),
 }
 

@@ -681,7 +681,8 @@ struct TileLayout {
     } else if constexpr (kMajor == ptx::Major::kK) {
       return ptx::wgmma_descriptor(tile + k / kPiece * num_mn * kSpan + k % kPiece * 2, 16, 8 * kSpan, kSwizzle);
     } else {
-      return ptx::wgmma_descriptor(tile + k * kSpan, kTileK * kSpan, 8 * kSpan, kSwizzle);
+      const uint64_t whole = ptx::wgmma_descriptor(tile, kTileK * kSpan, 8 * kSpan, kSwizzle);
+      return ptx::wgmma_descriptor_at(whole, k * kSpan);
     }
   }
 
