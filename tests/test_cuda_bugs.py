@@ -157,7 +157,7 @@ BUGS = {
         "if (lane_id() == 0) ptx::mbarrier_arrive(ready(stage));",
     ),
     "sm90 keys: keys that take no part keep a gradient": Patch(
-        SM90_GRAD_KEY_VALUE, "accumulator_row(lane, i / 2 % 2) < key_end;", "accumulator_row(lane, i / 2 % 2) < key_end + 128;"
+        SM90_GRAD_KEY_VALUE, "(lane, i / 2 % 2) < key_end;", "(lane, i / 2 % 2) < key_end + 128;"
     ),
     "sm90 keys: the other consumer's blocks": Patch(
         SM90_GRAD_KEY_VALUE, "block.head_live >> kConsumer & 1", "block.head_live >> (1 - kConsumer) & 1"

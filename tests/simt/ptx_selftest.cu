@@ -721,6 +721,7 @@ __global__ void __launch_bounds__(128) wgmma_kernel(const float* a, const float*
   float acc[kN / 2];
 #pragma unroll
   for (int i = 0; i < kN / 2; ++i) acc[i] = 1000.0f;
+  ptx::wgmma_pin(acc);
   ptx::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < 2 * kK / 16; ++step) {
