@@ -1,11 +1,10 @@
 // Pass A, the scan, on Hopper: one dense pass over the keys by wgmma, TMA and specialised warps (docs/kernels.md,
-// "Hopper: scan").
+// "Scan (sm90)").
 //
 //   in   query (B, H, Nq, D), key (B, Hkv, Nk, D)
 //   out  tau_lower (B, H, Nq) float, in units of z; +inf for a row without keys, NaN for a row with a NaN or +inf score
-//        is_coarse (B, H, Nq) uint8, 1 for every row with a tau: the bound is within a fraction of the mean gap, and
-//        the output pass refines it on the live tiles block_mask (rows, see block_mask.h): 0 where no score of the tile
-//        exceeds a lower bound of its row's tau
+//        is_coarse (B, H, Nq) uint8, 1 for every row with a tau, as the output pass refines all of these bounds
+//        block_mask (rows, see block_mask.h): 0 where no score of the tile exceeds a lower bound of its row's tau
 //   own  tile_excess (B, H, row groups, key tiles) uint16
 //
 // Grid (blocks of kBlockM rows, H, B). One thread keeps a ring of key tiles full; each of three warpgroups owns 64
