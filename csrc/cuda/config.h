@@ -2,6 +2,8 @@
 // kernel. Registers, shared memory and occupancy of every instance are tabulated in docs/kernels.md.
 #pragma once
 
+#include <type_traits>
+
 #include "math/block_mask.h"
 #include "math/entmax.h"
 #include "math/histogram.h"
@@ -11,9 +13,10 @@ namespace adasplash2::cuda {
 
 constexpr int kWarpSize = 32;
 
-// NOTE: two blocks of 4 warps leave 255 registers a thread and give each scheduler a second warp to run during the
-// first one's waits. Without it ptxas aims for three blocks at head dim 64 and spills.
-constexpr int kMinBlocksPerSm = 2;
+// NOTE: eight warps leave 255 registers a thread and give each scheduler a second warp to run during the first one's
+// waits. Without it ptxas aims for more at head dim 64 and spills.
+constexpr int kWarpsPerSm = 8;
+constexpr int kMinBlocksPerSm = 2;  // of 4 warps
 
 constexpr int kLargestHeadDim = 256;
 constexpr int kLargestFloatHeadDim = 128;
@@ -25,6 +28,13 @@ constexpr int instance_head_dim(int64_t head_dim, DataType dtype) {
   return head_dim <= 64 && dtype != DataType::kFloat32 ? 64 : head_dim <= 128 ? 128 : 256;
 }
 
+// NOTE: everything of the scan is sized for three blocks an SM, 12 warps: with 8 a warp was ready in 21% of the cycles
+// (H200, 2026-11-23). That leaves 168 registers a thread and 75 KB a block (two blocks of 81 KB on an A100). Masks and
+// the parts of floats take more registers.
+constexpr int kMostScanBlocks = 3;
+template <typename Element, bool kHasMask>
+constexpr int kMinScanBlocks = kHasMask || std::is_same_v<Element, float> ? kMinBlocksPerSm : kMostScanBlocks;
+
 // Pass A. A warp owns its rows alone: their histogram needs no other warp.
 template <int kHeadDim>
 struct ScanConfig {
@@ -34,30 +44,34 @@ struct ScanConfig {
   // take as long as the mma themselves. At head dim 256 the query fragments leave registers for 16 only.
   static constexpr int kRowsPerWarp = kHeadDim <= 128 ? 32 : 16;
   static constexpr int kBlockM = kWarps * kRowsPerWarp;
-  static constexpr int kBlockN = kMaskKeys;
-  // NOTE: as many stages as leave room for two blocks in the 227 KB of an H100: with one, nothing runs while its warps
-  // flush and solve.
-  static constexpr int kStages = kHeadDim <= 64 ? 3 : 2;
+  static constexpr int kBlockN = kHeadDim <= 64 ? kMaskKeys : kMaskKeys / 2;  // a stage of the key ring
+  static constexpr int kStages = 3;
+  static constexpr int kKeysPerStep = kHeadDim == 128 ? 16 : 32;  // scores in registers at a time
+  static_assert(kMaskKeys % kBlockN == 0 && kBlockN % kKeysPerStep == 0, "a mask tile is some stages of some steps");
 
-  // Hits wait in lists of this many per lane and row; a list is flushed when the next kScoresPerGroup may not fit.
-  static constexpr int kHitsPerList = 12;
-  static constexpr int kScoresPerGroup = 4;  // of one row, held by one lane, in 16 columns
-  static_assert(kHitsPerList >= kScoresPerGroup, "an empty list must take one group");
+  // Hits wait in lists of this many per lane and row; a list is flushed when those of the next step may not fit.
+  static constexpr int kHitsPerList = 14;
+  static constexpr int kMostHitsPerStep = kKeysPerStep / 4;  // the four lanes of a quad share a row
+  static_assert(kHitsPerList >= kMostHitsPerStep, "an empty list must take one step");
 
   static constexpr int kRowsPerLane = kRowsPerWarp / 8;
   // Odd, so that lanes that solve neighbouring rows start in different banks.
-  static constexpr int kRowWords = kNumSlots * kBinWords + 1;
+  static constexpr int kRowWords = kNumSlots * kPackedBinWords + 1;
 
   // Thresholds are remembered before the first tile and after tiles 1, 2, 4, 8, ...: 2^20 keys are 2^14 tiles.
   static constexpr int kSnapshots = 15;
-  static_assert(kMaxKeys / kBlockN <= int64_t(1) << (kSnapshots - 1), "the last tile needs a snapshot before it");
+  static_assert(kMaxKeys / kMaskKeys <= int64_t(1) << (kSnapshots - 1), "the last tile needs a snapshot before it");
 
   static constexpr int kKeyBytes = kStages * kBlockN * kHeadDim * 2;
   static constexpr int kHistogramBytes = kBlockM * kRowWords * 4;
-  static constexpr int kHitBytes = kThreads * kRowsPerLane * kHitsPerList * 4;
-  static constexpr int kSnapshotBytes = kSnapshots * kBlockM * 4;
-  static constexpr int kSmemBytes = kKeyBytes + kHistogramBytes + kHitBytes + kSnapshotBytes;
-  static_assert(kBlockM <= kStages * kBlockN, "the queries pass through the key ring on their way to registers");
+  static constexpr int kHitBytes = kThreads * kRowsPerLane * kHitsPerList * 2;
+  static constexpr int kSnapshotBytes = kSnapshots * kBlockM * 2;
+  static constexpr int kVisibleBytes = kBlockM * 4;
+  static constexpr int kSmemBytes = kKeyBytes + kHistogramBytes + kHitBytes + kSnapshotBytes + kVisibleBytes;
+  static_assert(kMostScanBlocks * (kSmemBytes + 1024) <= 228 * 1024,
+                "an SM of sm_90 has 228 KB, 1 KB of each block its own");
+  static_assert(kBlockM * kHeadDim * 2 <= kSmemBytes,
+                "the queries pass through shared memory on their way to registers");
 };
 
 // Pass B.
@@ -67,12 +81,15 @@ struct OutputConfig {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = kWarps * kMaskRows;
   static constexpr int kBlockN = kMaskKeys;
-  static constexpr int kKeysPerStep = kHeadDim <= 64 ? 64 : 16;  // scores in registers at a time
+  // Scores in registers at a time. At head dim 128 they and two accumulators leave no room for the queries.
+  template <AlphaKind kKind, bool kHasMask>
+  static constexpr int kKeysPerStep =
+      kHeadDim <= 64 || (kHeadDim <= 128 && kKind != AlphaKind::kGeneral && !kHasMask) ? 64 : 16;
   static constexpr int kStages = 2;
   // Two accumulators (A_p and A_w) of 16 rows a warp fill the registers at 128 columns; wider values take more blocks.
   static constexpr int kValueChunk = kHeadDim <= 128 ? kHeadDim : 128;
   template <AlphaKind kKind>  // the power function needs registers too
-  static constexpr bool kQueryInRegisters = kHeadDim <= 128 && kKind != AlphaKind::kGeneral;
+  static constexpr bool kQueryInRegisters = kHeadDim <= 64 && kKind != AlphaKind::kGeneral;
 
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kKeyBytes = kStages * kBlockN * kHeadDim * 2;
@@ -82,14 +99,20 @@ struct OutputConfig {
 };
 
 // Backward, dq: one block for 64 rows, over their live key tiles.
-template <int kHeadDim>
+template <int kHeadDim, bool kHasMask>
 struct GradQueryConfig {
-  static constexpr int kWarps = 4;
+  // NOTE: 32 rows a warp where registers allow: each fragment of K and V read from shared memory then feeds four mma,
+  // not two, and the reads take less time than the mma. Two such warps make a block, four blocks an SM.
+  static constexpr int kRowsPerWarp = kHeadDim <= 64 && !kHasMask ? 32 : 16;
+  static constexpr int kBlockM = 64;
+  static constexpr int kWarps = kBlockM / kRowsPerWarp;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kBlockM = kWarps * kMaskRows;
+  static constexpr int kMinBlocks = kWarpsPerSm / kWarps;
   static constexpr int kBlockN = kHeadDim <= 128 ? kMaskKeys : kMaskKeys / 2;  // half a mask tile: shared memory
+  static constexpr int kKeysPerStep = 32;                                      // scores in registers at a time
   static constexpr int kStages = 2;
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64;
+  static constexpr bool kQueryInRegisters = kHeadDim <= 128;
+  static constexpr bool kGradOutInRegisters = kHeadDim == 128;
 
   static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
   static constexpr int kKeyBytes = kStages * kBlockN * kHeadDim * 2;
@@ -97,20 +120,25 @@ struct GradQueryConfig {
 };
 
 // Backward, dk and dv: one block for 64 keys, over their live query blocks, in all heads of the group.
-template <int kHeadDim>
+template <int kHeadDim, bool kHasMask>
 struct GradKeyValueConfig {
-  static constexpr int kWarps = 4;
-  static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kBlockN = kWarps * 16;
+  static constexpr int kKeysPerWarp = kHeadDim <= 64 && !kHasMask ? 32 : 16;  // as kRowsPerWarp of GradQueryConfig
+  static constexpr int kUnroll = kKeysPerWarp == 32 ? 2 : 4;  // of the products' steps; 32 keys leave few registers
+  static constexpr int kBlockN = 64;
   static_assert(kBlockN == kMaskKeys, "a block owns one column of the mask");
+  static constexpr int kWarps = kBlockN / kKeysPerWarp;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kMinBlocks = kWarpsPerSm / kWarps;
   static constexpr int kBlockM = kHeadDim <= 64 ? 64 : 32;
+  static constexpr int kQueriesPerStep = 32;  // scores in registers at a time
   static constexpr int kStages = 2;
   static constexpr int kGradChunk = kHeadDim <= 128 ? kHeadDim : 128;  // columns of dk and dv a block accumulates
 
   static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
   static constexpr int kQueryBytes = kStages * kBlockM * kHeadDim * 2;
   static constexpr int kStatBytes = kStages * kBlockM * 4;
-  static constexpr int kSmemBytes = 2 * kKeyBytes + 2 * kQueryBytes + 2 * kStatBytes;
+  static constexpr int kFirstRowBytes = kBlockN * 4;
+  static constexpr int kSmemBytes = 2 * kKeyBytes + 2 * kQueryBytes + 2 * kStatBytes + kFirstRowBytes;
 };
 
 }  // namespace adasplash2::cuda

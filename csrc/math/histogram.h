@@ -60,29 +60,35 @@ ADASPLASH2_HOST_DEVICE float floor_multiply_add(float a, float b, float c) {
 }
 
 // Maps the scores of one row to bins while row_max lies where it does. The slot of a score does not depend on it.
-struct HistogramGrid {
+template <int kBits>  // of the position inside the bin
+struct HistogramGridOf {
+  static constexpr int kGridQuanta = 1 << kBits;
+  // NOTE: the coarser the positions, the further a code reaches. A step of the reference is a multiple of kNumSlots
+  // bins, of 8 kNumSlots for 9 bits: it changes no slot, and then not even the lower 8 bits of a bin.
+  static constexpr int kReferenceStep = kNumSlots << (kQuantumBits - kBits);
+
   float score_to_quanta;
-  float reference;  // a multiple of kNumSlots near the row maximum of z: a step of it moves no bin to another slot
+  float reference;  // a multiple of kReferenceStep near the row maximum of z
   float base;
   uint32_t top_bin;  // of the row maximum
 
   // base + quanta lies in the binade [2^23, 2^24), whose unit is 1: the mantissa of the sum is bin and q, no
   // conversion.
   static constexpr float kBinadeMiddle = 1.5f * (1 << 23);
-  static constexpr uint32_t kReferenceBin = 0x4B400000u >> kQuantumBits;  // the bin whose lower edge is reference
+  static constexpr uint32_t kReferenceBin = 0x4B400000u >> kBits;  // the bin whose lower edge is reference
 
-  ADASPLASH2_HOST_DEVICE HistogramGrid(float row_max, float score_to_z) {
-    score_to_quanta = score_to_z * (kBinsPerUnit * kQuanta);
-    reference = kNumSlots * rintf(row_max * score_to_z * (1.0f / kNumSlots));
-    base = kBinadeMiddle - reference * (kBinsPerUnit * kQuanta);
+  ADASPLASH2_HOST_DEVICE HistogramGridOf(float row_max, float score_to_z) {
+    score_to_quanta = score_to_z * (kBinsPerUnit * kGridQuanta);
+    reference = kReferenceStep * rintf(row_max * score_to_z * (1.0f / kReferenceStep));
+    base = kBinadeMiddle - reference * (kBinsPerUnit * kGridQuanta);
     top_bin = bin_of(encode(row_max));
   }
 
   ADASPLASH2_HOST_DEVICE uint32_t encode(float score) const {
     return float_bits(floor_multiply_add(score, score_to_quanta, base));
   }
-  ADASPLASH2_HOST_DEVICE static uint32_t bin_of(uint32_t code) { return code >> kQuantumBits; }
-  ADASPLASH2_HOST_DEVICE static uint32_t quantum_of(uint32_t code) { return code & (kQuanta - 1); }
+  ADASPLASH2_HOST_DEVICE static uint32_t bin_of(uint32_t code) { return code >> kBits; }
+  ADASPLASH2_HOST_DEVICE static uint32_t quantum_of(uint32_t code) { return code & (kGridQuanta - 1); }
   ADASPLASH2_HOST_DEVICE static uint32_t slot_of(uint32_t bin) { return bin & (kNumSlots - 1); }
 
   // Below the window: its slot belongs to a bin above. Such a score is at or below row_max - 1, up to rounding.
@@ -91,7 +97,7 @@ struct HistogramGrid {
   }
 
   // How many slots, from the top bin downwards, still hold bins of an older window whose grid was `older`.
-  ADASPLASH2_HOST_DEVICE int num_stale_slots(const HistogramGrid& older) const {
+  ADASPLASH2_HOST_DEVICE int num_stale_slots(const HistogramGridOf& older) const {
     const float bins = (reference - older.reference) * kBinsPerUnit + static_cast<int32_t>(top_bin - older.top_bin);
     return bins < 0.0f ? 0 : bins < kNumSlots ? static_cast<int>(bins) : kNumSlots;
   }
@@ -101,12 +107,34 @@ struct HistogramGrid {
     return reference + (static_cast<int32_t>(bin - kReferenceBin) + position) * (1.0f / kBinsPerUnit);
   }
 };
+using HistogramGrid = HistogramGridOf<kQuantumBits>;
+
+// A bin in two words, for histograms that have to be small: q in 9 bits, and all of q^2. A bin takes kMaxPackedCount
+// keys; who adds them has to see to it.
+constexpr int kPackedQuantumBits = 9;
+constexpr int kPackedBinWords = 2;
+constexpr uint32_t kMaxPackedCount = (1 << 11) - 1;
+static_assert(kMaxPackedCount * ((1 << kPackedQuantumBits) - 1) < 1 << 20, "the sum of q has 20 bits, the count 12");
+using PackedHistogramGrid = HistogramGridOf<kPackedQuantumBits>;
+
+struct PackedBin {
+  uint32_t count_and_sum = 0;  // count << 20 | sum of q
+  uint32_t sum_squares = 0;    // sum of q^2
+
+  ADASPLASH2_HOST_DEVICE static PackedBin of(uint32_t quantum) { return {1u << 20 | quantum, quantum * quantum}; }
+  ADASPLASH2_HOST_DEVICE Bin unpacked() const {
+    constexpr int kShift = kQuantumBits - kPackedQuantumBits;
+    // In the units of Bin: q^2 / 2^12 with q of 12 bits, rounded down.
+    return {count_and_sum >> 20, (count_and_sum & 0xfffffu) << kShift, sum_squares >> (kQuantumBits - 2 * kShift)};
+  }
+};
 
 // A lower bound for tau, in units of z, and how far below tau it can be.
 struct TauBound {
   float tau_lower;
-  float error;           // tau - tau_lower <= error
-  float relative_shift;  // error in units of the mean gap
+  float error;              // tau - tau_lower <= error
+  float relative_shift;     // error in units of the mean gap
+  float weight_sum = 0.0f;  // sum gap^(b - 1) at tau_lower of the keys as they entered the solve, whose f is 1 there
 
   ADASPLASH2_HOST_DEVICE bool needs_refinement() const { return relative_shift > kMaxRelativeShift; }
 };
@@ -117,7 +145,7 @@ ADASPLASH2_HOST_DEVICE float round_below(float tau) { return tau - (fabsf(tau) *
 // alpha = 1.5. Going down from the top bin, the moments about the current lower edge give f there exactly. The bin in
 // which f reaches 1 contains the root and enters as n copies of its mean: by Jensen's inequality that lowers f.
 template <typename ReadBin>
-ADASPLASH2_HOST_DEVICE TauBound solve_moments(const HistogramGrid& grid, ReadBin&& read_bin) {
+ADASPLASH2_HOST_DEVICE TauBound solve_moments(const HistogramGrid& grid, ReadBin&& read_bin, float quantum) {
   constexpr float kTarget = kBinsPerUnit * kBinsPerUnit;  // f = 1 in units of the bin width
   constexpr float kUnit = 1.0f / kQuanta;
   float count = 0.0f, sum = 0.0f, squares = 0.0f;  // of the bins above, about the lower edge at hand
@@ -155,17 +183,19 @@ ADASPLASH2_HOST_DEVICE TauBound solve_moments(const HistogramGrid& grid, ReadBin
                            fmaxf(room * room * bin_squares - bin_count * copy_gap * copy_gap, 0.0f)) +
                      all * kUnit;
   const float gap_sum = all_sum - all * position;
+  const float weight_sum = mean > position ? gap_sum : sum - count * position;
   const float coarse = lost * largest_gap / (2.0f * kTarget);
   const float slope = 2.0f * fmaxf(kTarget / largest_gap, gap_sum - all * coarse);
-  const float error = fminf(lost / slope, 1.0f) + 2.0f * kUnit;
-  return {round_below(grid.z_at(bin, position)), error / kBinsPerUnit, error * all / gap_sum};
+  const float error = fminf(lost / slope, 1.0f) + 2.0f * quantum;
+  return {round_below(grid.z_at(bin, position)), error / kBinsPerUnit, error * all / gap_sum,
+          weight_sum / kBinsPerUnit};
 }
 
 // Any alpha in (1, 2]: every bin enters as n copies of its mean (Jensen again), and Newton on the norm climbs from the
 // left of the root of that sum, which it never passes.
 template <AlphaKind kKind, typename ReadBin>
-ADASPLASH2_HOST_DEVICE TauBound solve_means(const HistogramGrid& grid, const Entmax<kKind>& entmax,
-                                            ReadBin&& read_bin) {
+ADASPLASH2_HOST_DEVICE TauBound solve_means(const HistogramGrid& grid, const Entmax<kKind>& entmax, ReadBin&& read_bin,
+                                            float quantum) {
   constexpr int kMaxSteps = 12;
   constexpr float kSmallestStep = 0x1p-16f;
   constexpr float kWidth = 1.0f / kBinsPerUnit;
@@ -191,7 +221,7 @@ ADASPLASH2_HOST_DEVICE TauBound solve_means(const HistogramGrid& grid, const Ent
 
   // By convexity a bin adds at most what its keys add when pushed to its two edges with the mean kept; f falls from
   // that with slope b A, where A(tau) >= f(tau) / largest gap.
-  float most = 0.0f, gap_sum = 0.0f, num_keys = 0.0f;
+  float most = 0.0f, gap_sum = 0.0f, num_keys = 0.0f, weight_sum = 0.0f;
   for (int i = kNumSlots - 1; i >= 0 && (i + 1) * kWidth > tau; --i) {
     const Bin words = read_bin(HistogramGrid::slot_of(bottom_bin + i));
     if (words.count == 0) continue;
@@ -200,19 +230,23 @@ ADASPLASH2_HOST_DEVICE TauBound solve_means(const HistogramGrid& grid, const Ent
     const float low = fmaxf(i * kWidth - tau, 0.0f), high = (i + 1) * kWidth - tau;
     most +=
         count * ((1.0f - mean) * entmax.prob(low, entmax.weight(low)) + mean * entmax.prob(high, entmax.weight(high)));
-    gap_sum += count * fmaxf((i + mean) * kWidth - tau, 0.0f);
+    const float gap = fmaxf((i + mean) * kWidth - tau, 0.0f);
+    gap_sum += count * gap;
+    weight_sum += count * entmax.weight(gap);
     num_keys += count;
   }
   const float largest_gap = kNumSlots * kWidth - tau;
   const float lost = fmaxf(most - 1.0f, 0.0f);
-  const float error = fminf(lost * largest_gap / entmax.exponent(), kWidth) + 2.0f * kWidth / kQuanta;
-  return {round_below(grid.z_at(bottom_bin, tau * kBinsPerUnit)), error, error * num_keys / gap_sum};
+  const float error = fminf(lost * largest_gap / entmax.exponent(), kWidth) + 2.0f * kWidth * quantum;
+  return {round_below(grid.z_at(bottom_bin, tau * kBinsPerUnit)), error, error * num_keys / gap_sum, weight_sum};
 }
 
+// read_bin(slot) gives a Bin whose positions were floored to multiples of `quantum` of a bin.
 template <AlphaKind kKind, typename ReadBin>
-ADASPLASH2_HOST_DEVICE TauBound solve(const HistogramGrid& grid, const Entmax<kKind>& entmax, ReadBin&& read_bin) {
-  if constexpr (kKind == AlphaKind::kOneAndHalf) return solve_moments(grid, read_bin);
-  return solve_means(grid, entmax, read_bin);
+ADASPLASH2_HOST_DEVICE TauBound solve(const HistogramGrid& grid, const Entmax<kKind>& entmax, ReadBin&& read_bin,
+                                      float quantum = 1.0f / kQuanta) {
+  if constexpr (kKind == AlphaKind::kOneAndHalf) return solve_moments(grid, read_bin, quantum);
+  return solve_means(grid, entmax, read_bin, quantum);
 }
 
 }  // namespace adasplash2

@@ -31,10 +31,10 @@
 namespace adasplash2::cuda {
 
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>>::kThreads, kMinBlocksPerSm)
+__global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, true>::kThreads, kMinBlocksPerSm)
     grad_alpha_kernel(const GradAlphaParams params) {
   constexpr int kCols = kTileCols<Element, kHeadDim>;
-  using Config = GradQueryConfig<kCols>;
+  using Config = GradQueryConfig<kCols, true>;  // with masks or without
   constexpr int kFragmentsN = Config::kBlockN / kMmaN;
   constexpr int kStageBytes = Config::kBlockN * kCols * 2;
 

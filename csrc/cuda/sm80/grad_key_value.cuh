@@ -4,9 +4,9 @@
 //   in   query, key, value, grad_out, tau, delta, block_mask by columns
 //   out  grad_key (B, Hkv, Nk, D), grad_value (B, Hkv, Nk, Dv), data nullable: not wanted
 //
-// Grid (key tiles, Hkv * chunks of gradient columns, B). A warp owns 16 keys and works on the transposes S^T = K Q^T
-// and dP^T = V dO^T, so that P^T and dS^T are left operands without passing through shared memory. Four products a
-// tile.
+// Grid (key tiles, Hkv * chunks of gradient columns, B). A warp owns kKeysPerWarp keys and works on the transposes S^T
+// = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands without passing through shared memory. Four
+// products a tile.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -89,12 +89,14 @@ __device__ __forceinline__ void clear_rows_where_nan(uint8_t* s_tile, const floa
   }
 }
 
-template <typename Element, int kHeadDim, AlphaKind kKind>
-__global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim>>::kThreads, kMinBlocksPerSm)
+template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasMask>
+__global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim>, kHasMask>::kThreads,
+                                  GradKeyValueConfig<kTileCols<Element, kHeadDim>, kHasMask>::kMinBlocks)
     grad_key_value_kernel(const GradParams params) {
   constexpr int kCols = kTileCols<Element, kHeadDim>;
-  using Config = GradKeyValueConfig<kCols>;
-  constexpr int kFragmentsM = Config::kBlockM / kMmaN;  // queries are the columns here
+  using Config = GradKeyValueConfig<kCols, kHasMask>;
+  constexpr int kFragmentsM = Config::kKeysPerWarp / kMmaM;     // keys are the rows here
+  constexpr int kFragmentsN = Config::kQueriesPerStep / kMmaN;  // and queries the columns
   constexpr int kGradChunk = kChunkOf<Element, Config::kGradChunk>;
   constexpr int kFragmentsGrad = kGradChunk / kMmaN;
   constexpr int kStageBytes = Config::kBlockM * kCols * 2;
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
   const int group_size = static_cast<int>(problem.num_heads) / num_kv_heads;
   const int key_tile = blockIdx.x, key_begin = key_tile * Config::kBlockN;
   const int warp = warp_id(), lane = lane_id();
-  const int warp_key = key_begin + warp * kMmaM;
+  const int warp_key = key_begin + warp * Config::kKeysPerWarp;
   const int grad_begin = grad_chunk * kGradChunk;
 
   const WorkRange range = work_range(problem, batch);
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
   const int key_end = min(range.length, num_keys);
   const int head_dim = static_cast<int>(problem.head_dim), value_head_dim = static_cast<int>(problem.value_head_dim);
 
-  // Shared memory: keys | values | query ring | grad_out ring | tau ring | delta ring.
+  // Shared memory: keys | values | query ring | grad_out ring | tau ring | delta ring | first row that sees a key.
   uint8_t* smem = dynamic_smem();
   const uint32_t s_key = ptx::shared_address(smem);
   const uint32_t s_value = s_key + Config::kKeyBytes;
@@ -131,12 +133,19 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
   copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
       s_value, head_rows<const Element>(problem.value, batch, kv_head), problem.value.stride_row, key_begin, key_end,
       value_head_dim);
-  RowFragmentsInSmem<kCols> key, value;
-  key.load(s_key, warp * kMmaM);
-  value.load(s_value, warp * kMmaM);
-  int first_row[2];
+  RowFragmentsInSmem<kCols, Config::kUnroll> key[kFragmentsM], value[kFragmentsM];
 #pragma unroll
-  for (int half = 0; half < 2; ++half) first_row[half] = range.first_row_of(warp_key + accumulator_row(lane, half));
+  for (int i = 0; i < kFragmentsM; ++i) {
+    key[i].load(s_key, warp * Config::kKeysPerWarp + i * kMmaM);
+    value[i].load(s_value, warp * Config::kKeysPerWarp + i * kMmaM);
+  }
+
+  int* s_first_row = reinterpret_cast<int*>(smem + Config::kSmemBytes - Config::kFirstRowBytes);
+  for (int i = threadIdx.x; i < Config::kBlockN; i += Config::kThreads)
+    s_first_row[i] = range.first_row_of(key_begin + i);
+  const auto first_row_of = [&](int i, int e) {
+    return s_first_row[warp * Config::kKeysPerWarp + i * kMmaM + accumulator_row(lane, e / 2)];
+  };
 
   // Phase 2: the live query blocks of all heads of the group, the copies one block ahead.
   const BlockMaskShape mask_shape(range.num_queries, num_keys);
@@ -160,9 +169,12 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
     }
   };
 
-  float grad_key[kFragmentsGrad][4], grad_value[kFragmentsGrad][4];
-  clear(grad_key);
-  clear(grad_value);
+  float grad_key[kFragmentsM][kFragmentsGrad][4], grad_value[kFragmentsM][kFragmentsGrad][4];
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) {
+    clear(grad_key[i]);
+    clear(grad_value[i]);
+  }
   bool has_block = num_rows > 0 && blocks.next();
   if (has_block) copy(0);
   ptx::cp_async_commit();
@@ -189,63 +201,93 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
     const bool is_edge =
         range.num_visible_keys(row_begin) < key_begin + Config::kBlockN || row_begin + Config::kBlockM > num_rows;
 
-    float prob[kFragmentsM][4], weight[kFragmentsM][4];  // transposed: 16 keys x kBlockM queries
-    multiply_transposed<Element, kCols>(weight, key, s_query + stage * kStageBytes);
-    if (problem.mask.data != nullptr) {
-      const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
+#pragma unroll 1
+    for (int first_row = 0; first_row < Config::kBlockM; first_row += Config::kQueriesPerStep) {
+      const uint32_t step_offset = stage * kStageBytes + first_row * kCols * 2;
+      // Transposed: 16 kFragmentsM keys x kQueriesPerStep queries.
+      float weight[kFragmentsM][kFragmentsN][4];
+      multiply_transposed<Element, kCols>(weight, key, s_query + step_offset);
+      if constexpr (kHasMask) {
+        const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
 #pragma unroll
-      for (int n = 0; n < kFragmentsM; ++n) {
+        for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = row_begin + n * kMmaN + accumulator_col(lane, e % 2);
-          if (row < first_row[e / 2] || row >= num_rows) continue;
-          weight[n][e] = mask.apply(weight[n][e], row, warp_key + accumulator_row(lane, e / 2));
+          for (int n = 0; n < kFragmentsN; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int row = row_begin + first_row + n * kMmaN + accumulator_col(lane, e % 2);
+              if (row < first_row_of(i, e) || row >= num_rows) continue;
+              weight[i][n][e] = mask.apply(weight[i][n][e], row, warp_key + i * kMmaM + accumulator_row(lane, e / 2));
+            }
+          }
         }
       }
-    }
-    bool is_live = false;
+      bool is_live = false;
+      MmaOperand<Element> prob[kFragmentsM][kFragmentsN / 2];  // rounded at once: half the registers
 #pragma unroll
-    for (int n = 0; n < kFragmentsM; ++n) {
+      for (int k = 0; k < kFragmentsN / 2; ++k) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int col = n * kMmaN + accumulator_col(lane, e % 2), row = row_begin + col;
-        float gap = fmaxf(weight[n][e] * to_z - s_block_tau[col], 0.0f);
-        if (is_edge && (row < first_row[e / 2] || row >= num_rows)) gap = 0.0f;
-        weight[n][e] = entmax.weight(gap);
-        prob[n][e] = entmax.prob(gap, weight[n][e]);
-        is_live |= gap > 0.0f;
+        for (int i = 0; i < kFragmentsM; ++i) {
+          float exact[2][4];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int n = 2 * k + j;
+              const int col = first_row + n * kMmaN + accumulator_col(lane, e % 2), row = row_begin + col;
+              float gap = fmaxf(weight[i][n][e] * to_z - s_block_tau[col], 0.0f);
+              if (is_edge && (row < first_row_of(i, e) || row >= num_rows)) gap = 0.0f;
+              weight[i][n][e] = entmax.weight(gap);
+              exact[j][e] = entmax.prob(gap, weight[i][n][e]);
+              is_live |= gap > 0.0f;
+            }
+          }
+          prob[i][k] = operand_of_accumulators<Element>(exact[0], exact[1]);
+        }
       }
-    }
-    if (!__any_sync(kAllLanes, is_live)) continue;
+      if (!__any_sync(kAllLanes, is_live)) continue;
 
-    multiply_add<Element, kCols>(grad_value, prob, s_grad_out + stage * kStageBytes, 0, grad_begin);
-    float grad_score[kFragmentsM][4];  // dP^T first
-    multiply_transposed<Element, kCols>(grad_score, value, s_grad_out + stage * kStageBytes);
+      multiply_add<Element, kCols>(grad_value, prob, s_grad_out + step_offset, grad_begin);
+      float grad_prob[kFragmentsM][kFragmentsN][4];  // transposed too
+      multiply_transposed<Element, kCols>(grad_prob, value, s_grad_out + step_offset);
+      MmaOperand<Element> grad_score[kFragmentsM][kFragmentsN / 2];
 #pragma unroll
-    for (int n = 0; n < kFragmentsM; ++n) {
+      for (int k = 0; k < kFragmentsN / 2; ++k) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float delta = s_block_delta[n * kMmaN + accumulator_col(lane, e % 2)];
-        grad_score[n][e] = weight[n][e] * (grad_score[n][e] - delta);
+        for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+          for (int n = 2 * k; n < 2 * k + 2; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const float delta = s_block_delta[first_row + n * kMmaN + accumulator_col(lane, e % 2)];
+              grad_prob[i][n][e] = weight[i][n][e] * (grad_prob[i][n][e] - delta);
+            }
+          }
+          grad_score[i][k] = operand_of_accumulators<Element>(grad_prob[i][2 * k], grad_prob[i][2 * k + 1]);
+        }
       }
+      multiply_add<Element, kCols>(grad_key, grad_score, s_query + step_offset, grad_begin);
     }
-    multiply_add<Element, kCols>(grad_key, grad_score, s_query + stage * kStageBytes, 0, grad_begin);
   }
   ptx::cp_async_wait<0>();
 
   // Phase 3: store.
   const float scale = static_cast<float>(problem.scale);
 #pragma unroll
-  for (int n = 0; n < kFragmentsGrad; ++n) {
+  for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) grad_key[n][e] *= scale;
+    for (int n = 0; n < kFragmentsGrad; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) grad_key[i][n][e] *= scale;
+    }
+    const int fragment_key = warp_key + i * kMmaM;
+    const auto store = [&](const Rows& rows, const float (&acc)[kFragmentsGrad][4], int num_cols) {
+      Element* g_rows = head_rows<Element>(rows, batch, kv_head) + fragment_key * rows.stride_row + grad_begin;
+      store_rows(g_rows, rows.stride_row, acc, num_keys - fragment_key, num_cols - grad_begin);
+    };
+    if (params.grad_key.data != nullptr) store(params.grad_key, grad_key[i], head_dim);
+    if (params.grad_value.data != nullptr) store(params.grad_value, grad_value[i], value_head_dim);
   }
-  const auto store = [&](const Rows& rows, const float (&acc)[kFragmentsGrad][4], int num_cols) {
-    Element* g_rows = head_rows<Element>(rows, batch, kv_head) + warp_key * rows.stride_row + grad_begin;
-    store_rows(g_rows, rows.stride_row, acc, num_keys - warp_key, num_cols - grad_begin);
-  };
-  if (params.grad_key.data != nullptr) store(params.grad_key, grad_key, head_dim);
-  if (params.grad_value.data != nullptr) store(params.grad_value, grad_value, value_head_dim);
 }
 
 }  // namespace adasplash2::cuda

@@ -4,7 +4,7 @@
 //   in   query, key, value, grad_out (B, H, Nq, Dv), tau and block_mask of the forward pass, delta (B, H, Nq)
 //   out  grad_query (B, H, Nq, D)
 //
-// Grid (blocks of 64 rows, H, B). A warp owns 16 rows. Three products a tile: Q K^T, dO V^T, dS K.
+// Grid (blocks of 64 rows, H, B). A warp owns kRowsPerWarp rows. Three products a tile: Q K^T, dO V^T, dS K.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,12 +31,16 @@ namespace adasplash2::cuda {
 
 // NOTE: masks have an instance of their own, as in the scan: at head dim 256 no register is free for them.
 template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasMask>
-__global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>>::kThreads, kMinBlocksPerSm)
+__global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, kHasMask>::kThreads,
+                                  GradQueryConfig<kTileCols<Element, kHeadDim>, kHasMask>::kMinBlocks)
     grad_query_kernel(const GradParams params) {
   constexpr int kCols = kTileCols<Element, kHeadDim>;
-  using Config = GradQueryConfig<kCols>;
-  using Fragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
-  constexpr int kFragmentsN = Config::kBlockN / kMmaN;
+  using Config = GradQueryConfig<kCols, kHasMask>;
+  constexpr int kFragmentsM = Config::kRowsPerWarp / kMmaM;
+  using QueryFragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
+  using GradOutFragments =
+      std::conditional_t<Config::kGradOutInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
+  constexpr int kFragmentsN = Config::kKeysPerStep / kMmaN;
   constexpr int kStageBytes = Config::kBlockN * kCols * 2;
   constexpr int kPartsPerTile = kMaskKeys / Config::kBlockN;
 
@@ -45,7 +49,7 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>>:
   const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
   const int warp = warp_id(), lane = lane_id();
-  const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * kMaskRows;
+  const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * Config::kRowsPerWarp;
 
   const WorkRange range = work_range(problem, batch);
   const int num_queries = range.num_queries;
@@ -71,28 +75,34 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>>:
   ptx::cp_async_commit();
   const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
   const EntmaxOf<Element, kKind> entmax{alpha};
-  float tau[2], delta[2];
-  int visible[2];
+  float tau[kFragmentsM][2], delta[kFragmentsM][2];
+  const auto row_of = [&](int i, int half) { return warp_row + i * kMmaM + accumulator_row(lane, half); };
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = warp_row + accumulator_row(lane, half);
-    const int64_t index = row_index(problem, batch, head, row);
-    tau[half] = row < num_queries ? params.tau[index] : INFINITY;
-    delta[half] = row < num_queries ? params.delta[index] : 0.0f;
-    visible[half] = range.num_visible_keys(row);
+  for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(i, half);
+      const int64_t index = row_index(problem, batch, head, row);
+      tau[i][half] = row < num_queries ? params.tau[index] : INFINITY;
+      delta[i][half] = row < num_queries ? params.delta[index] : 0.0f;
+    }
   }
   ptx::cp_async_wait<0>();
   __syncthreads();
-  Fragments query, grad_out;
-  query.load(s_query, warp * kMmaM);
-  grad_out.load(s_grad_out, warp * kMmaM);
+  QueryFragments query[kFragmentsM];
+  GradOutFragments grad_out[kFragmentsM];
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) {
+    query[i].load(s_query, warp * Config::kRowsPerWarp + i * kMmaM);
+    grad_out[i].load(s_grad_out, warp * Config::kRowsPerWarp + i * kMmaM);
+  }
 
   // Phase 2: the live tiles, in parts of kBlockN keys, the copies one part ahead.
   const BlockMaskShape mask_shape(num_queries, range.num_keys);
   const int first_group = row_begin / kMaskRows;
   LiveTiles tiles(params.block_mask + (batch * problem.num_heads + head) * mask_shape.row_words() +
                       int64_t(first_group) * mask_shape.key_words(),
-                  min(Config::kWarps, mask_shape.num_row_groups - first_group), mask_shape.key_words(),
+                  min(Config::kBlockM / kMaskRows, mask_shape.num_row_groups - first_group), mask_shape.key_words(),
                   ceil_div(key_end, kMaskKeys));
   int tile = -1, part = kPartsPerTile - 1;
   const auto next_key = [&] {
@@ -112,8 +122,9 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>>:
     ptx::cp_async_commit();
   };
 
-  float grad_query[kHeadDim / kMmaN][4];
-  clear(grad_query);
+  float grad_query[kFragmentsM][kHeadDim / kMmaN][4];
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) clear(grad_query[i]);
   int key_begin = next_key();
   copy(key_begin, 0);
   for (int stage = 0; key_begin >= 0; stage ^= 1) {
@@ -122,35 +133,56 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>>:
     __syncthreads();
     copy(next_key_begin, stage ^ 1);
 
-    float weight[kFragmentsN][4];
-    multiply_transposed<Element, kCols>(weight, query, s_key + stage * kStageBytes);
-    if constexpr (kHasMask) {
-      const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
-      mask.apply_to(weight, warp_row, key_begin, visible[0], visible[1]);
-    }
-    bool is_live = false;
+#pragma unroll 1
+    for (int first_key = 0; first_key < Config::kBlockN; first_key += Config::kKeysPerStep) {
+      const uint32_t step_offset = stage * kStageBytes + first_key * kCols * 2;
+      float weight[kFragmentsM][kFragmentsN][4];
+      multiply_transposed<Element, kCols>(weight, query, s_key + step_offset);
+      if constexpr (kHasMask) {
+        const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
 #pragma unroll
-    for (int n = 0; n < kFragmentsN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float gap = fmaxf(weight[n][e] * to_z - tau[e / 2], 0.0f);
-        if (key_begin + Config::kBlockN > unmasked_end &&
-            key_begin + n * kMmaN + accumulator_col(lane, e % 2) >= visible[e / 2]) {
-          gap = 0.0f;
+        for (int i = 0; i < kFragmentsM; ++i) {
+          mask.apply_to(weight[i], warp_row + i * kMmaM, key_begin + first_key, range.num_visible_keys(row_of(i, 0)),
+                        range.num_visible_keys(row_of(i, 1)));
         }
-        weight[n][e] = entmax.weight(gap);
-        is_live |= gap > 0.0f;
       }
-    }
-    if (__any_sync(kAllLanes, is_live)) {
-      float grad_score[kFragmentsN][4];  // dP first
-      multiply_transposed<Element, kCols>(grad_score, grad_out, s_value + stage * kStageBytes);
+      const bool is_edge = key_begin + first_key + Config::kKeysPerStep > unmasked_end;
+      bool is_live = false;
 #pragma unroll
-      for (int n = 0; n < kFragmentsN; ++n) {
+      for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) grad_score[n][e] = weight[n][e] * (grad_score[n][e] - delta[e / 2]);
+        for (int e = 0; e < 4; ++e) {
+          const int visible = is_edge ? range.num_visible_keys(row_of(i, e / 2)) : 0;
+#pragma unroll
+          for (int n = 0; n < kFragmentsN; ++n) {
+            float gap = fmaxf(weight[i][n][e] * to_z - tau[i][e / 2], 0.0f);
+            const int col = key_begin + first_key + n * kMmaN + accumulator_col(lane, e % 2);
+            if (is_edge && col >= visible) gap = 0.0f;
+            weight[i][n][e] = entmax.weight(gap);
+            is_live |= gap > 0.0f;
+          }
+        }
       }
-      multiply_add<Element, kCols>(grad_query, grad_score, s_key + stage * kStageBytes, 0, 0);
+      if (!__any_sync(kAllLanes, is_live)) continue;
+
+      float grad_prob[kFragmentsM][kFragmentsN][4];
+      multiply_transposed<Element, kCols>(grad_prob, grad_out, s_value + step_offset);
+      MmaOperand<Element> grad_score[kFragmentsM][kFragmentsN / 2];
+#pragma unroll
+      for (int i = 0; i < kFragmentsM; ++i) {
+#pragma unroll
+        for (int k = 0; k < kFragmentsN / 2; ++k) {
+#pragma unroll
+          for (int n = 2 * k; n < 2 * k + 2; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              grad_prob[i][n][e] = weight[i][n][e] * (grad_prob[i][n][e] - delta[i][e / 2]);
+            }
+          }
+          grad_score[i][k] = operand_of_accumulators<Element>(grad_prob[i][2 * k], grad_prob[i][2 * k + 1]);
+        }
+      }
+      multiply_add<Element, kCols>(grad_query, grad_score, s_key + step_offset, 0);
     }
     key_begin = next_key_begin;
   }
@@ -159,15 +191,19 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>>:
   // padding the products may have left NaN.
   const float scale = static_cast<float>(problem.scale);
 #pragma unroll
-  for (int n = 0; n < kHeadDim / kMmaN; ++n) {
+  for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const float sum = tau[e / 2] < INFINITY ? grad_query[n][e] : 0.0f;
-      grad_query[n][e] = std::isnan(tau[e / 2]) ? NAN : sum * scale;
+    for (int n = 0; n < kHeadDim / kMmaN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float sum = tau[i][e / 2] < INFINITY ? grad_query[i][n][e] : 0.0f;
+        grad_query[i][n][e] = std::isnan(tau[i][e / 2]) ? NAN : sum * scale;
+      }
     }
+    const int fragment_row = warp_row + i * kMmaM;
+    store_rows(head_rows<Element>(params.grad_query, batch, head) + fragment_row * params.grad_query.stride_row,
+               params.grad_query.stride_row, grad_query[i], num_queries - fragment_row, head_dim);
   }
-  store_rows(head_rows<Element>(params.grad_query, batch, head) + warp_row * params.grad_query.stride_row,
-             params.grad_query.stride_row, grad_query, num_queries - warp_row, head_dim);
 }
 
 }  // namespace adasplash2::cuda

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <launch_kernel.cuh>
+#include <type_traits>
 
 #include "cuda/any_arch/delta.cuh"
 #include "cuda/any_arch/row_sum.cuh"
@@ -23,16 +24,27 @@ template <typename Element, int kHeadDim>
 struct Instance {
   static constexpr int kCols = kTileCols<Element, kHeadDim>;
 
+  // f(std::bool_constant) for whether there is a mask.
+  template <typename Function>
+  static void for_mask(const AttentionProblem& problem, const Function& f) {
+    if (problem.mask.data == nullptr) {
+      f(std::false_type());
+    } else {
+      f(std::true_type());
+    }
+  }
+
   static void scan(const Forward& call, const ForwardWorkspace& workspace) {
     using Config = ScanConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     for_alpha_kind(problem, [&](auto kind) {
       // The scan needs the power function in its solve only: alpha = 2 takes the general one.
       constexpr AlphaKind kKind = kind == AlphaKind::kOneAndHalf ? kind() : AlphaKind::kGeneral;
-      launch_kernel(problem.mask.data == nullptr ? scan_kernel<Element, kHeadDim, kKind, false>
-                                                 : scan_kernel<Element, kHeadDim, kKind, true>,
-                    grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
-                    dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream), scan_params(call, workspace));
+      for_mask(problem, [&](auto has_mask) {
+        launch_kernel(scan_kernel<Element, kHeadDim, kKind, has_mask()>,
+                      grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
+                      dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream), scan_params(call, workspace));
+      });
     });
   }
 
@@ -41,10 +53,12 @@ struct Instance {
     const AttentionProblem& problem = call.problem;
     const int64_t num_chunks = ceil_div<int64_t>(problem.value_head_dim, kChunkOf<Element, Config::kValueChunk>);
     for_alpha_kind(problem, [&](auto kind) {
-      launch_kernel(
-          output_kernel<Element, kHeadDim, kind()>,
-          grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads * num_chunks),
-          dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream), output_params(call, workspace));
+      for_mask(problem, [&](auto has_mask) {
+        launch_kernel(
+            output_kernel<Element, kHeadDim, kind(), has_mask()>,
+            grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads * num_chunks),
+            dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream), output_params(call, workspace));
+      });
     });
   }
 
@@ -57,33 +71,37 @@ struct Instance {
   }
 
   static void grad_query(const Backward& call, const BackwardWorkspace& workspace) {
-    using Config = GradQueryConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     for_alpha_kind(problem, [&](auto kind) {
-      launch_kernel(problem.mask.data == nullptr ? grad_query_kernel<Element, kHeadDim, kind(), false>
-                                                 : grad_query_kernel<Element, kHeadDim, kind(), true>,
-                    grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
-                    dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream),
-                    grad_params(call, workspace, call.block_mask));
+      for_mask(problem, [&](auto has_mask) {
+        using Config = GradQueryConfig<kCols, has_mask()>;
+        launch_kernel(grad_query_kernel<Element, kHeadDim, kind(), has_mask()>,
+                      grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
+                      dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream),
+                      grad_params(call, workspace, call.block_mask));
+      });
     });
   }
 
   static void grad_key_value(const Backward& call, const BackwardWorkspace& workspace) {
-    using Config = GradKeyValueConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     if (problem.num_queries > 0) launch_mask_transpose(call, workspace);
     const int64_t largest_dim = problem.head_dim > problem.value_head_dim ? problem.head_dim : problem.value_head_dim;
-    const int64_t num_chunks = ceil_div<int64_t>(largest_dim, kChunkOf<Element, Config::kGradChunk>);
     for_alpha_kind(problem, [&](auto kind) {
-      launch_kernel(grad_key_value_kernel<Element, kHeadDim, kind()>,
-                    grid_of(problem, ceil_div<int64_t>(problem.num_keys, kMaskKeys), problem.num_kv_heads * num_chunks),
-                    dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream),
-                    grad_params(call, workspace, workspace.column_mask));
+      for_mask(problem, [&](auto has_mask) {
+        using Config = GradKeyValueConfig<kCols, has_mask()>;
+        const int64_t num_chunks = ceil_div<int64_t>(largest_dim, kChunkOf<Element, Config::kGradChunk>);
+        launch_kernel(
+            grad_key_value_kernel<Element, kHeadDim, kind(), has_mask()>,
+            grid_of(problem, ceil_div<int64_t>(problem.num_keys, kMaskKeys), problem.num_kv_heads * num_chunks),
+            dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream),
+            grad_params(call, workspace, workspace.column_mask));
+      });
     });
   }
 
   static void grad_alpha(const Backward& call, const BackwardWorkspace& workspace) {
-    using Config = GradQueryConfig<kCols>;
+    using Config = GradQueryConfig<kCols, true>;  // with masks or without
     const AttentionProblem& problem = call.problem;
     const cudaStream_t stream = stream_of(call.stream);
     if (problem.num_queries > 0) {

@@ -42,31 +42,41 @@ struct RowPair {
   int visible[2];
 };
 
-// Turns 16 x 8 kN scores into gaps at tau, in place; a NaN score gives no gap. Returns whether a row of the warp has
-// one.
+// The row sums of a lane's two rows, over its columns.
+struct LaneSums {
+  RowSums sums[2];  // without the count
+  int count[2] = {0, 0};
+};
+
+// Turns 16 x 8 kN scores into gaps at tau, in place, and counts them; a NaN score gives no gap. Returns whether a row
+// of the warp has one.
 template <int kN>
 __device__ __forceinline__ bool scores_to_gaps(float (&score)[kN][4], const RowPair& rows, float to_z, int key_begin,
-                                               bool is_edge) {
+                                               bool is_edge, LaneSums& lane_sums) {
   const int lane = lane_id();
-  bool is_live = false;
+  int count[2] = {0, 0};
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      float gap = fmaxf(score[n][e] * to_z - rows.tau[e / 2], 0.0f);
-      if (is_edge && key_begin + n * kMmaN + accumulator_col(lane, e % 2) >= rows.visible[e / 2]) gap = 0.0f;
-      is_live |= gap > 0.0f;
-      score[n][e] = gap;
+      float below = rows.tau[e / 2] - score[n][e] * to_z;
+      if (is_edge && key_begin + n * kMmaN + accumulator_col(lane, e % 2) >= rows.visible[e / 2]) below = 0.0f;
+      count[e / 2] += float_bits(below) >> 31;  // the sign: one instruction
+      score[n][e] = fmaxf(-below, 0.0f);
     }
   }
-  return __any_sync(kAllLanes, is_live);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) lane_sums.count[half] += count[half];
+  return __any_sync(kAllLanes, (count[0] | count[1]) != 0);
 }
 
-__device__ __forceinline__ RowSums quad_sum(const RowSums& sums) {
-  return {quad_sum(sums.prob), quad_sum(sums.weight), quad_sum(sums.count)};
+__device__ __forceinline__ RowSums row_sums(const LaneSums& lane_sums, int half) {
+  const RowSums& sums = lane_sums.sums[half];
+  return {quad_sum(sums.prob), quad_sum(sums.weight), quad_sum(static_cast<float>(lane_sums.count[half]))};
 }
 
-template <typename Element, int kHeadDim, AlphaKind kKind>
+// NOTE: masks have an instance of their own, as in the scan.
+template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasMask>
 __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kThreads, kMinBlocksPerSm)
     output_kernel(const OutputParams params) {
   constexpr int kCols = kTileCols<Element, kHeadDim>;
@@ -74,13 +84,15 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   using Fragments =
       std::conditional_t<Config::template kQueryInRegisters<kKind>, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
   constexpr int kValueChunk = kChunkOf<Element, Config::kValueChunk>;
-  constexpr int kFragmentsN = Config::kKeysPerStep / kMmaN;
+  constexpr int kKeysPerStep = Config::template kKeysPerStep<kKind, kHasMask>;
+  constexpr int kFragmentsN = kKeysPerStep / kMmaN;
   constexpr int kFragmentsV = kValueChunk / kMmaN;
   constexpr int kKeyStageBytes = Config::kBlockN * kCols * 2;
   constexpr int kValueStageBytes = Config::kBlockN * Config::kValueChunk * 2;
 
   const AttentionProblem& problem = params.problem;
-  const int batch = blockIdx.z, head = blockIdx.y % problem.num_heads, value_chunk = blockIdx.y / problem.num_heads;
+  const int num_heads = static_cast<int>(problem.num_heads);
+  const int batch = blockIdx.z, head = blockIdx.y % num_heads, value_chunk = blockIdx.y / num_heads;
   const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
   const int warp = warp_id(), lane = lane_id();
@@ -166,40 +178,39 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
     __syncthreads();  // the stages are free again
   };
 
-  const auto compute_gaps = [&](float (&gap)[kFragmentsN][4], int tile, int stage, int first_key) {
+  const auto compute_gaps = [&](float (&gap)[kFragmentsN][4], int tile, int stage, int first_key, LaneSums& sums) {
     multiply_transposed<Element, kCols>(gap, query, s_key + stage * kKeyStageBytes + first_key * kCols * 2);
     const int key_begin = tile * Config::kBlockN + first_key;
-    if (problem.mask.data != nullptr) {
+    if constexpr (kHasMask) {
       const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
       mask.apply_to(gap, warp_row, key_begin, rows.visible[0], rows.visible[1]);
     }
-    return scores_to_gaps(gap, rows, to_z, key_begin, key_begin + Config::kKeysPerStep > unmasked_end);
-  };
-  const auto add_key = [&](RowSums& sums, float gap, float weight) {
-    sums.prob += entmax.prob(gap, weight);
-    sums.weight += weight;
-    sums.count += gap > 0.0f;
+    return scores_to_gaps(gap, rows, to_z, key_begin, key_begin + kKeysPerStep > unmasked_end, sums);
   };
 
   // Phase 2, only where the scan flagged a row: exact row sums move every tau0 of the block up, never past tau.
   for (int pass = 0; is_coarse && pass < kMaxRefinements; ++pass) {
-    RowSums sums[2];
+    LaneSums sums;
     for_each_live_tile(copy_keys, [&](int tile, int stage) {
 #pragma unroll 1
-      for (int first_key = 0; first_key < Config::kBlockN; first_key += Config::kKeysPerStep) {
+      for (int first_key = 0; first_key < Config::kBlockN; first_key += kKeysPerStep) {
         float gap[kFragmentsN][4];
-        if (!compute_gaps(gap, tile, stage, first_key)) continue;
+        if (!compute_gaps(gap, tile, stage, first_key, sums)) continue;
 #pragma unroll
         for (int n = 0; n < kFragmentsN; ++n) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) add_key(sums[e / 2], gap[n][e], entmax.weight(gap[n][e]));
+          for (int e = 0; e < 4; ++e) {
+            const float weight = entmax.weight(gap[n][e]);
+            sums.sums[e / 2].prob += entmax.prob(gap[n][e], weight);
+            sums.sums[e / 2].weight += weight;
+          }
         }
       }
     });
     bool goes_on = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      goes_on |= refine(entmax, quad_sum(sums[half]), rows.tau[half]);
+      goes_on |= refine(entmax, row_sums(sums, half), rows.tau[half]);
     }
     goes_on = __any_sync(kAllLanes, goes_on);
     if (lane == 0) s_flags[warp] = goes_on;
@@ -224,7 +235,7 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   float sum_prob_v[kFragmentsV][4], sum_weight_v[kFragmentsV][4];
   clear(sum_prob_v);
   clear(sum_weight_v);
-  RowSums sums[2];
+  LaneSums sums;
   const auto copy_keys_and_values = [&](int tile, int stage) {
     copy_keys(tile, stage);
     copy_values(tile, stage);
@@ -232,11 +243,11 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   for_each_live_tile(copy_keys_and_values, [&](int tile, int stage) {
     finish_words_before(mask_word(tile));
 #pragma unroll 1
-    for (int first_key = 0; first_key < Config::kBlockN; first_key += Config::kKeysPerStep) {
+    for (int first_key = 0; first_key < Config::kBlockN; first_key += kKeysPerStep) {
       float gap[kFragmentsN][4];
-      if (!compute_gaps(gap, tile, stage, first_key)) continue;
+      if (!compute_gaps(gap, tile, stage, first_key, sums)) continue;
       mask_bits |= mask_bit(tile);
-      const uint32_t s_tile = s_value + stage * kValueStageBytes;
+      const uint32_t s_tile = s_value + stage * kValueStageBytes + first_key * Config::kValueChunk * 2;
 #pragma unroll
       for (int k = 0; k < kFragmentsN; k += 2) {
         float weight[2][4], prob[2][4];
@@ -246,11 +257,13 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
           for (int e = 0; e < 4; ++e) {
             weight[i][e] = entmax.weight(gap[k + i][e]);
             prob[i][e] = entmax.prob(gap[k + i][e], weight[i][e]);
-            add_key(sums[e / 2], gap[k + i][e], weight[i][e]);
+            sums.sums[e / 2].prob += prob[i][e];
+            sums.sums[e / 2].weight += weight[i][e];
           }
         }
-        multiply_add_both<Element, Config::kValueChunk>(sum_prob_v, prob, sum_weight_v, weight, s_tile,
-                                                        first_key + k * kMmaN);
+        multiply_add_both<Element, Config::kValueChunk>(
+            sum_prob_v, operand_of_accumulators<Element>(prob[0], prob[1]), sum_weight_v,
+            operand_of_accumulators<Element>(weight[0], weight[1]), s_tile, k * kMmaN);
       }
     }
   });
@@ -259,7 +272,7 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   // Phase 4: the last step for tau, and its fold into the output.
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const RowSums total = quad_sum(sums[half]);
+    const RowSums total = row_sums(sums, half);
     const OutputFold fold = output_fold(entmax, total, rows.tau[half]);
 #pragma unroll
     for (int n = 0; n < kFragmentsV; ++n) {

@@ -162,12 +162,12 @@ struct RowFragments {
   }
 };
 
-// The same, left in shared memory and read again at each use: for head dims that registers cannot hold.
-template <int kCols>
+// The same, left in shared memory and read again at each use: for head dims that registers cannot hold. The swizzle
+// repeats every 64 columns: 4 steps of a product at a time have one set of addresses, instead of one per step that the
+// compiler keeps in registers; fewer have less.
+template <int kCols, int kUnrolled = 4>
 struct RowFragmentsInSmem {
-  // The swizzle repeats every 64 columns: one set of addresses, instead of one per k that the compiler keeps in
-  // registers.
-  static constexpr int kUnroll = 4;
+  static constexpr int kUnroll = kUnrolled;
   uint32_t s_tile;
   int row;
 
@@ -218,26 +218,41 @@ __device__ __forceinline__ MmaOperand<Element> operand_b(uint32_t s_tile, int ro
   return operand;
 }
 
-// acc (16 x 8 kN) = A * tile^T, for a tile of 8 kN rows and kCols columns.
-template <typename Element, int kCols, int kN, typename Fragments>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[kN][4], const Fragments& rows, uint32_t s_tile) {
+// acc (16 kM x 8 kN) = A * tile^T, for a tile of 8 kN rows and kCols columns. Each fragment of the tile feeds kM rows
+// of fragments.
+template <typename Element, int kCols, int kM, int kN, typename Fragments>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[kM][kN][4], const Fragments (&rows)[kM],
+                                                    uint32_t s_tile) {
   static_assert(kN % 2 == 0, "an operand B holds two fragments");
-  clear(acc);
+#pragma unroll
+  for (int i = 0; i < kM; ++i) clear(acc[i]);
   for_each_terms<Element>([&](auto terms) {
     constexpr Terms kTerms = decltype(terms)::value;
-#pragma unroll(Fragments::kUnroll)
+#pragma unroll(Fragments::kUnroll * 2 / static_cast<int>(sizeof(Element)))
     for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
       // NOTE: lets no load of this step move up to those before: parts of several steps at once would spill registers.
       if constexpr (std::is_same_v<Element, float>) __syncwarp();
-      const auto a = operand_a<Element, kTerms>(rows, k);
+      MmaOperand<Element> a[kM];
+#pragma unroll
+      for (int i = 0; i < kM; ++i) a[i] = operand_a<Element, kTerms>(rows[i], k);
 #pragma unroll
       for (int n = 0; n < kN; n += 2) {
         const auto b = operand_b<Element, kTerms, kCols>(s_tile, n * kMmaN, k);
-        multiply_add<kTerms>(acc[n], a, b, 0);
-        multiply_add<kTerms>(acc[n + 1], a, b, 1);
+#pragma unroll
+        for (int i = 0; i < kM; ++i) {
+          multiply_add<kTerms>(acc[i][n], a[i], b, 0);
+          multiply_add<kTerms>(acc[i][n + 1], a[i], b, 1);
+        }
       }
     }
   });
+}
+
+// The same with 16 rows.
+template <typename Element, int kCols, int kN, typename Fragments>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[kN][4], const Fragments& rows, uint32_t s_tile) {
+  multiply_transposed<Element, kCols>(reinterpret_cast<float (&)[1][kN][4]>(acc),
+                                      reinterpret_cast<const Fragments(&)[1]>(rows), s_tile);
 }
 
 // Two accumulators side by side as a left operand.
@@ -264,11 +279,17 @@ __device__ __forceinline__ MmaOperand<Element> operand_b_of_columns(uint32_t s_t
   if constexpr (std::is_same_v<Element, float>) {
     const uint8_t* smem = dynamic_smem() + (s_tile - ptx::shared_address(dynamic_smem()));
     const int lane = lane_id();
+    // Where the lane's column of columns 0 to 7 lies in row `parity` of its pair; all others lie constants away, with
+    // bits of the chunk inverted. Said so, ptxas keeps far fewer addresses in registers.
+    const auto lane_offset = [&](int parity) {
+      return SwizzledTile<kCols>::offset(accumulator_col(lane, parity), lane / 16) + lane / 4 % 4 * 4;
+    };
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = first_row + i % 2 * 8, col = first_col + lane / 4 + i / 2 * kMmaN;
+      const int row = first_row + i % 2 * 8, chunk = first_col / 4 + i / 2 * 2;
       const auto load = [&](int parity) {
-        const uint32_t offset = SwizzledTile<kCols>::offset(row + accumulator_col(lane, parity), col / 4) + col % 4 * 4;
+        const uint32_t offset =
+            SwizzledTile<kCols>::offset(row, chunk / 8 * 8) + (lane_offset(parity) ^ (chunk % 8 * kChunkBytes));
         return *reinterpret_cast<const float*>(smem + offset);
       };
       operand.template split<Terms::kAll>(i, load(0), load(1));
@@ -279,41 +300,38 @@ __device__ __forceinline__ MmaOperand<Element> operand_b_of_columns(uint32_t s_t
   return operand;
 }
 
-// acc (16 x 8 kN) += left (16 x 8 kK, rounded to Element) * columns [first_col, first_col + 8 kN) of rows
-// [first_row, first_row + 8 kK) of the tile.
-template <typename Element, int kCols, int kN, int kK>
-__device__ __forceinline__ void multiply_add(float (&acc)[kN][4], const float (&left)[kK][4], uint32_t s_tile,
-                                             int first_row, int first_col) {
+// acc (16 kM x 8 kN) += left (16 kM x 16 kK) * columns [first_col, first_col + 8 kN) of the tile (16 kK rows).
+template <typename Element, int kCols, int kM, int kN, int kK>
+__device__ __forceinline__ void multiply_add(float (&acc)[kM][kN][4], const MmaOperand<Element> (&left)[kM][kK],
+                                             uint32_t s_tile, int first_col) {
 #pragma unroll
-  for (int k = 0; k < kK; k += 2) {
-    const auto a = operand_of_accumulators<Element>(left[k], left[k + 1]);
+  for (int k = 0; k < kK; ++k) {
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
-      const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row + k * kMmaN, first_col + n * kMmaN);
-      multiply_add<Terms::kAll>(acc[n], a, b, 0);
-      multiply_add<Terms::kAll>(acc[n + 1], a, b, 1);
+      const auto b = operand_b_of_columns<Element, kCols>(s_tile, k * kMmaK, first_col + n * kMmaN);
+#pragma unroll
+      for (int i = 0; i < kM; ++i) {
+        multiply_add<Terms::kAll>(acc[i][n], left[i][k], b, 0);
+        multiply_add<Terms::kAll>(acc[i][n + 1], left[i][k], b, 1);
+      }
     }
   }
 }
 
-// The same for two left factors, which share each fragment of the tile.
-template <typename Element, int kCols, int kN, int kK>
-__device__ __forceinline__ void multiply_add_both(float (&acc)[kN][4], const float (&left)[kK][4],
-                                                  float (&other_acc)[kN][4], const float (&other_left)[kK][4],
+// acc += left * tile, other_acc += other_left * tile, 16 rows each: the two share each fragment of the tile's 16 rows
+// from first_row on.
+template <typename Element, int kCols, int kN>
+__device__ __forceinline__ void multiply_add_both(float (&acc)[kN][4], const MmaOperand<Element>& left,
+                                                  float (&other_acc)[kN][4], const MmaOperand<Element>& other_left,
                                                   uint32_t s_tile, int first_row) {
 #pragma unroll
-  for (int k = 0; k < kK; k += 2) {
-    const auto a = operand_of_accumulators<Element>(left[k], left[k + 1]);
-    const auto other_a = operand_of_accumulators<Element>(other_left[k], other_left[k + 1]);
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      if constexpr (std::is_same_v<Element, float>) __syncwarp();
-      const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row + k * kMmaN, n * kMmaN);
-      multiply_add<Terms::kAll>(acc[n], a, b, 0);
-      multiply_add<Terms::kAll>(acc[n + 1], a, b, 1);
-      multiply_add<Terms::kAll>(other_acc[n], other_a, b, 0);
-      multiply_add<Terms::kAll>(other_acc[n + 1], other_a, b, 1);
-    }
+  for (int n = 0; n < kN; n += 2) {
+    if constexpr (std::is_same_v<Element, float>) __syncwarp();
+    const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row, n * kMmaN);
+    multiply_add<Terms::kAll>(acc[n], left, b, 0);
+    multiply_add<Terms::kAll>(acc[n + 1], left, b, 1);
+    multiply_add<Terms::kAll>(other_acc[n], other_left, b, 0);
+    multiply_add<Terms::kAll>(other_acc[n + 1], other_left, b, 1);
   }
 }
 
