@@ -7,6 +7,7 @@ import functools
 import cases
 import pytest
 import tolerance
+import torch
 
 import adasplash2
 
@@ -46,4 +47,18 @@ def test_forward_through_every_density(percent, isa):
 def test_forward_lengths(num_queries, num_keys):
     shape = cases.Shape(num_queries=num_queries, num_keys=num_keys, head_dim=40)
     query, key, value, _ = cases.inputs("gaussian", shape)
+    tolerance.check(adasplash2.entmax_attention, query, key, value)
+
+
+@pytest.mark.parametrize("first", range(8))
+def test_forward_where_every_eighth_key_stands_out(first):
+    """A sample of the keys that meets these, all or none, misleads about the others: some just below them are in the
+    support too. Supports are of 200 keys."""
+    shape = cases.Shape(heads=1, num_queries=13, num_keys=1024)
+    _, _, value, _ = cases.inputs("gaussian", shape)
+    z = 0.4 + 0.09 * torch.rand(shape.num_keys)
+    z[torch.rand(shape.num_keys) < 0.9] = 0
+    z[first::8] = 0.5
+    query = torch.ones(shape.query)
+    key = (2 * z * shape.head_dim**-0.5).expand(shape.head_dim, -1).mT.expand(shape.key)
     tolerance.check(adasplash2.entmax_attention, query, key, value)

@@ -59,32 +59,42 @@ class PackedPanels {
   Buffer<Real> data_;
 };
 
-// The keys in both precisions of the scan.
+// The keys in both precisions of the scan, and the sample of them.
 template <class Element>
 struct ScanKeys {
   PackedPanels<Element> panels;
   bool is_quantized;
-  QuantizedKeys quantized;
+  QuantizedKeys quantized, sampled;
+  int64_t stride;  // of the sample
 
   ScanKeys(const AttentionProblem& problem, const Parallel& parallel)
       : panels(problem, problem.key, problem.head_dim),
         is_quantized(has_quantized_scan() && !std::is_same_v<Element, double> && problem.mask.data == nullptr &&
-                     problem.num_keys >= kQuantizedKeys && problem.head_dim <= 512) {
+                     problem.num_keys >= kQuantizedKeys && problem.head_dim <= 512),
+        stride(sample_stride(problem.num_keys)) {
     if (!is_quantized) panels.pack_all(parallel);
     if constexpr (!std::is_same_v<Element, double>) {
       if (!is_quantized) return;
-      quantized.reserve(problem);
-      const int64_t panels_per_head = quantized.panels_per_head;
-      run_tasks(parallel, problem.batch * problem.num_kv_heads * panels_per_head, [&] {
-        return [&](int64_t task) {
-          const int64_t kv_index = task / panels_per_head, first = task % panels_per_head * kPanelCols;
-          quantize_panel(row_pointer<Element>(problem.key, kv_index / problem.num_kv_heads,
-                                              kv_index % problem.num_kv_heads, first),
-                         problem.key.stride_row, std::min<int64_t>(kPanelCols, problem.num_keys - first),
-                         problem.head_dim, task, quantized);
-        };
-      });
+      quantize(problem, 1, problem.num_keys, quantized, parallel);
+      quantize(problem, stride, num_sampled(problem.num_keys, stride), sampled, parallel);
     }
+  }
+
+ private:
+  // Every stride-th key.
+  static void quantize(const AttentionProblem& problem, int64_t stride, int64_t num_keys, QuantizedKeys& keys,
+                       const Parallel& parallel) {
+    keys.reserve(problem, num_keys);
+    const Rows& rows = problem.key;
+    run_tasks(parallel, problem.batch * problem.num_kv_heads * keys.panels_per_head, [&] {
+      return [&](int64_t task) {
+        const int64_t kv_index = task / keys.panels_per_head, first = task % keys.panels_per_head * kPanelCols;
+        quantize_panel(row_pointer<Element>(rows, kv_index / problem.num_kv_heads, kv_index % problem.num_kv_heads,
+                                            first * stride + stride / 2),
+                       rows.stride_row * stride, std::min<int64_t>(kPanelCols, num_keys - first), problem.head_dim,
+                       task, keys);
+      };
+    });
   }
 };
 
@@ -174,9 +184,7 @@ class ForwardWorker {
     const Power<Real, kExponent> power(view.alpha);
     begin_block(view, block);
     if (params_.num_keys > kStripKeys && scan(view, block, power)) {
-      for (int64_t row = 0; row < block.num_rows; ++row) prune(*lists_, row, power, view.units.unit);
-      if (!is_exact_) score_candidates(view, block);
-      for (int64_t row = 0; row < block.num_rows; ++row) solve_row(view, block, row, power);
+      solve_lists(view, block, GroupSet::all(), power);
       keep_block(view, block, view.index() * layout_.blocks_per_head + block_index, power);
     } else {
       run_strips(view, block, power);
@@ -211,6 +219,7 @@ class ForwardWorker {
     const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
     is_exact_ = !quantize(view, block, kv_index);
     const Real* packed_keys = is_exact_ ? pack(view, block, kv_index) : nullptr;
+    guess_bounds(view, block, kv_index, power);
     int64_t next_estimate = kFirstEstimate;
     for (int64_t panel = block.num_panels - 1; panel >= 0; --panel) {
       scan_one(view, block, packed_keys, kv_index, panel, power);
@@ -228,9 +237,54 @@ class ForwardWorker {
                 int64_t panel, const Power<Real, kExponent>& power) {
     if constexpr (!std::is_same_v<Real, double>) {
       if (!is_exact_)
-        return scan_panel_quantized(view, block, quantized_queries_, keys_.quantized, kv_index, panel, power, *lists_);
+        return scan_panel_quantized(view, block, GroupSet::all(), quantized_queries_, keys_.quantized, kv_index, panel,
+                                    power, *lists_);
     }
     scan_panel(view, block, groups_.data(), packed_keys + panel * keys_.panels.panel_size(), panel, power, *lists_);
+  }
+
+  // Lower bounds for all rows that see enough of the sample.
+  template <Exponent kExponent>
+  void guess_bounds(const HeadView<Element>& view, const RowBlock& block, int64_t kv_index,
+                    const Power<Real, kExponent>& power) {
+    if constexpr (!std::is_same_v<Real, double>) {
+      if (is_exact_) return;
+      const Real unit = view.units.unit;
+      RowBlock sample = block;
+      for (int64_t row = 0; row < block.num_rows; ++row) {
+        const int64_t size = num_sampled(block.key_end[row], keys_.stride);
+        sample.key_end[row] = size < kLeastSampled ? 0 : size;
+        lists_->limit[row] = std::numeric_limits<int32_t>::max();  // all scores, as they come
+      }
+      for (int64_t panel = keys_.sampled.panels_per_head - 1; panel >= 0; --panel) {
+        scan_panel_quantized(view, sample, GroupSet::all(), quantized_queries_, keys_.sampled, kv_index, panel, power,
+                             *lists_);
+      }
+      for (int64_t first = 0; first < block.num_rows; first += kSearchesAtOnce) {
+        TauSearch<Real> searches[kSearchesAtOnce];
+        int64_t searched[kSearchesAtOnce], count = 0;
+        for (int64_t row = first; row < std::min(block.num_rows, first + kSearchesAtOnce); ++row) {
+          const int64_t size = lists_->size[row];
+          lists_->restart(row, 1);
+          if (size == 0) continue;
+          pad(lists_->score[row], size);
+          const Real fraction = static_cast<Real>(size) / static_cast<Real>(block.key_end[row]);
+          searched[count] = row;
+          searches[count++] = {lists_->score[row],      size, list_max(lists_->score[row], size).max, -1 / unit,
+                               kGuessedMass * fraction, false};
+        }
+        estimate_taus<true>(power, searches, count, unit);
+        for (int64_t i = 0; i < count; ++i) {
+          const TauSearch<Real>& search = searches[i];
+          const int64_t row = searched[i];
+          const Real guess = search.score_max + search.t - lists_->margin[row] / 2;
+          const Real expected =
+              kGuessedMass / search.fraction * static_cast<Real>(list_count_above(search.score, search.size, guess));
+          lists_->restart(row, kLeastGrowth + 2 * static_cast<int32_t>(expected));
+          lists_->lower[row] = lists_->guess[row] = guess;
+        }
+      }
+    }
   }
 
   // From the part of their keys that the rows will keep, estimated by the panels scanned so far (the last ones). It
@@ -241,6 +295,8 @@ class ForwardWorker {
     const Real unit = view.units.unit;
     const int64_t first_key = (block.num_panels - num_scanned) * kPanelCols;
     int64_t kept = 0, seen = 0, visible = 0, num_rows = 0;
+    TauSearch<Real> searches[kSearchesAtOnce];
+    static_assert(kRowBlock <= kEstimatedRows * kSearchesAtOnce, "all estimates at once");
     for (int64_t row = 0; row < block.num_rows; row += kEstimatedRows) {
       const int64_t num_seen = block.key_end[row] - first_key, size = lists_->size[row];
       if (num_seen < kPanelCols || lists_->is_poisoned[row] || size == 0) continue;
@@ -248,13 +304,15 @@ class ForwardWorker {
       const Real score_max = list_max(lists_->score[row], size).max;
       const Real start = std::max(lists_->lower[row] - score_max, -1 / unit);
       const Real fraction = static_cast<Real>(num_seen) / static_cast<Real>(block.key_end[row]);
-      const Real t = list_sampled_tau(power, lists_->score[row], size, score_max, start, unit, fraction);
-      kept += list_count_above(lists_->score[row], size, score_max + t);
+      searches[num_rows++] = {lists_->score[row], size, score_max, start, fraction, false};
       seen += num_seen;
       visible += block.key_end[row];
-      ++num_rows;
     }
     if (num_rows == 0) return false;
+    estimate_taus<false>(power, searches, num_rows, unit);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      kept += list_count_above(searches[i].score, searches[i].size, searches[i].score_max + searches[i].t);
+    }
     const float density = static_cast<float>(kept) / static_cast<float>(seen);
     return density > kStripDensity && density * static_cast<float>(visible / num_rows) > kStripSupport;
   }
@@ -282,11 +340,66 @@ class ForwardWorker {
     return false;
   }
 
-  // The true scores of all candidates.
-  void score_candidates(const HeadView<Element>& view, const RowBlock& block) {
+  // Scores of the named groups -> tau and gaps; the lists keep the support only.
+  template <Exponent kExponent>
+  void solve_lists(const HeadView<Element>& view, const RowBlock& block, GroupSet groups,
+                   const Power<Real, kExponent>& power) {
+    constexpr int kLastSteps = 3;
+    const Real unit = view.units.unit;
+    GroupSet wrong;
+    for (int64_t row = 0; row < block.num_rows; ++row) {
+      if (groups.has(row / kTileRows)) prune(*lists_, row, power, unit, kLastSteps);
+    }
+    if (!is_exact_) score_candidates(view, block, groups);
+    for (int64_t first = 0; first < block.num_rows; first += kSearchesAtOnce) {
+      TauSearch<Real> searches[kSearchesAtOnce];
+      int64_t searched[kSearchesAtOnce], count = 0;
+      for (int64_t row = first; row < std::min(block.num_rows, first + kSearchesAtOnce); ++row) {
+        if (!groups.has(row / kTileRows)) continue;
+        const int64_t size = lists_->size[row];
+        if (lists_->is_poisoned[row] && block.key_end[row] > 0) {
+          set_row(row, 0, std::numeric_limits<Real>::quiet_NaN(), unit, 0);
+        } else if (size == 0) {
+          lists_->lower[row] = -kInfinity<Real>;
+          set_row(row, 0, kInfinity<Real>, unit, 0);
+          if (lists_->guess[row] > -kInfinity<Real>) wrong.insert(row / kTileRows);
+        } else {
+          pad(lists_->score[row], size);
+          const Real score_max = list_max(lists_->score[row], size).max;
+          const Real start = std::max(lists_->lower[row] + lists_->margin[row] - score_max, -1 / unit);
+          searched[count] = row;
+          searches[count++] = {lists_->score[row], size, score_max, start, Real(1), false};
+        }
+      }
+      find_taus(power, searches, count, unit);
+      for (int64_t i = 0; i < count; ++i) {
+        if (!keep_support(block, searched[i], searches[i], unit)) wrong.insert(searched[i] / kTileRows);
+      }
+    }
+    if (!wrong.is_empty()) solve_again(view, block, wrong, power);
+  }
+
+  // Groups with a row whose guess was wrong: now every row has a bound that was derived.
+  template <Exponent kExponent>
+  void solve_again(const HeadView<Element>& view, const RowBlock& block, GroupSet groups,
+                   const Power<Real, kExponent>& power) {
+    if constexpr (!std::is_same_v<Real, double>) {
+      for (int64_t row = 0; row < block.num_rows; ++row) {
+        if (groups.has(row / kTileRows)) lists_->restart(row, kLeastGrowth);
+      }
+      const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
+      for (int64_t panel = block.num_panels - 1; panel >= 0; --panel) {
+        scan_panel_quantized(view, block, groups, quantized_queries_, keys_.quantized, kv_index, panel, power, *lists_);
+      }
+      solve_lists(view, block, groups, power);
+    }
+  }
+
+  // The true scores of all candidates of the named groups.
+  void score_candidates(const HeadView<Element>& view, const RowBlock& block, GroupSet groups) {
     const int64_t dim = params_.head_dim;
     for (int64_t row = 0; row < block.num_rows; ++row) {
-      entries_[row] = {lists_->column[row], lists_->score[row], lists_->size[row]};
+      entries_[row] = {lists_->column[row], lists_->score[row], groups.has(row / kTileRows) ? lists_->size[row] : 0};
       const Element* query = view.query(block.first_row + row);
       for (int64_t d = 0; d < dim; d += kLanes<Real>) {
         store(query_rows_.data() + row * dim + d, load(query + d) * view.units.query_factor);
@@ -299,26 +412,14 @@ class ForwardWorker {
                    });
   }
 
-  // Scores -> tau and gaps; the lists keep the support only.
-  template <Exponent kExponent>
-  void solve_row(const HeadView<Element>& view, const RowBlock& block, int64_t row,
-                 const Power<Real, kExponent>& power) {
-    const Real unit = view.units.unit;
+  // Scores -> gaps of one row whose tau was found, and a bound for its scan; false if its guess was wrong.
+  bool keep_support(const RowBlock& block, int64_t row, const TauSearch<Real>& found, Real unit) {
     Real* score = lists_->score[row];
     int32_t* column = lists_->column[row];
-    int64_t size = lists_->size[row];
-    if (lists_->is_poisoned[row] && block.key_end[row] > 0) {
-      set_row(row, 0, std::numeric_limits<Real>::quiet_NaN(), unit, 0);
-      return;
-    }
-    if (size == 0) {
-      set_row(row, 0, kInfinity<Real>, unit, 0);
-      return;
-    }
-    pad(score, size);
-    const Real score_max = list_max(score, size).max;
-    const Real start = std::max(lists_->lower[row] + lists_->margin[row] / 2 - score_max, -1 / unit);
-    const Real tau_shifted = list_tau(power, score, size, score_max, start, unit);
+    int64_t size = found.size;
+    const Real score_max = found.score_max, tau_shifted = found.t, tau = score_max + tau_shifted;
+    lists_->lower[row] = tau - lists_->margin[row] / 2 - tau_rounding(size, tau, unit);
+    if (lists_->guess[row] > lists_->lower[row]) return false;
     for (int64_t j = 0; j < size; j += kLanes<Real>)
       store(score + j, ((load(score + j) - score_max) - tau_shifted) * unit);
     pad(score, size);
@@ -328,6 +429,7 @@ class ForwardWorker {
     if (block_mask_.data != nullptr) {
       for (int64_t j = 0; j < size; ++j) block_mask_.mark(block.first_row + row, column[j], kTileLive);
     }
+    return true;
   }
 
   // Saves the gaps of a block for the backward pass, and keeps its probabilities until sum_values().
@@ -388,8 +490,9 @@ class ForwardWorker {
     for (int64_t first = 0; first < block.num_rows; first += strip_.rows) {
       const int64_t last = std::min(block.num_rows, first + strip_.rows);
       score_strip(view, block, first, groups_.data(), packed_keys, strip_);
-      for (int64_t row = first; row < last; ++row) {
-        solve_strip_row(view, block, row, strip_.row(row - first), num_cols, power);
+      for (int64_t row = first; row < last; row += kSearchesAtOnce) {
+        solve_strip_rows(view, block, row, std::min(last, row + kSearchesAtOnce), strip_.row(row - first), num_cols,
+                         power);
       }
       // Rows that fill up the last group have probabilities of no meaning; their output is not written.
       std::memset(strip_out_.reserve(strip_.rows * dim), 0, strip_.rows * dim * sizeof(Real));
@@ -408,36 +511,54 @@ class ForwardWorker {
     }
   }
 
-  // Scores -> probabilities, in place.
+  // Scores -> probabilities, in place, of the rows [first, last), at most kSearchesAtOnce.
   template <Exponent kExponent>
-  void solve_strip_row(const HeadView<Element>& view, const RowBlock& block, int64_t row, Real* score, int64_t num_cols,
-                       const Power<Real, kExponent>& power) {
+  void solve_strip_rows(const HeadView<Element>& view, const RowBlock& block, int64_t first, int64_t last, Real* scores,
+                        int64_t num_cols, const Power<Real, kExponent>& power) {
     const Real unit = view.units.unit;
-    const MaxResult<Real> top = list_max(score, num_cols);
-    if (!top.is_finite || top.max == kLowest<Real>) {
-      set_row(row, 0, top.is_finite ? kInfinity<Real> : std::numeric_limits<Real>::quiet_NaN(), unit, 0);
-      fill_row(score, num_cols, Real(0));
-      return;
-    }
-    // Start from the tau of a part of the row that stands for all of it.
+    TauSearch<Real> searches[kSearchesAtOnce];
+    int64_t searched[kSearchesAtOnce], count = 0;
+    // Long rows start from the tau of a part that stands for all of the row.
     const int64_t num_seen = std::min(num_cols, kSampledCols);
     const Real fraction = static_cast<Real>(num_seen) / static_cast<Real>(num_cols);
-    const Real start = list_sampled_tau(power, score, num_seen, top.max, -1 / unit, unit, fraction);
-    const Real tau_shifted = list_tau(power, score, num_cols, top.max, start, unit);
-    int64_t size = 0;
-    for (int64_t first_key = 0; first_key < num_cols; first_key += kPanelCols) {
-      int64_t size_of_panel = 0;
-      for (int64_t j = first_key; j < first_key + kPanelCols; j += kLanes<Real>) {
-        const Vector<Real> gap = max<Real>(((load(score + j) - top.max) - tau_shifted) * unit, Vector<Real>{});
-        size_of_panel += __builtin_popcount(above<Real>(gap, Vector<Real>{}));
-        store(score + j, power.prob(gap));
+    for (int64_t row = first; row < last; ++row) {
+      Real* score = scores + (row - first) * strip_.stride;
+      const MaxResult<Real> top = list_max(score, num_cols);
+      if (!top.is_finite || top.max == kLowest<Real>) {
+        set_row(row, 0, top.is_finite ? kInfinity<Real> : std::numeric_limits<Real>::quiet_NaN(), unit, 0);
+        fill_row(score, num_cols, Real(0));
+      } else {
+        searched[count] = row;
+        searches[count++] = {score, num_seen, top.max, -1 / unit, fraction, false};
       }
-      if (size_of_panel > 0 && block_mask_.data != nullptr) {
-        block_mask_.mark(block.first_row + row, first_key, kTileLive);
-      }
-      size += size_of_panel;
     }
-    set_row(row, top.max, tau_shifted, unit, size);
+    if (num_seen < num_cols) {
+      estimate_taus<false>(power, searches, count, unit);
+      for (int64_t i = 0; i < count; ++i) {
+        searches[i].size = num_cols;
+        searches[i].is_done = false;
+      }
+    }
+    find_taus(power, searches, count, unit);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = searched[i];
+      Real* score = scores + (row - first) * strip_.stride;
+      const Real score_max = searches[i].score_max, tau_shifted = searches[i].t;
+      int64_t size = 0;
+      for (int64_t first_key = 0; first_key < num_cols; first_key += kPanelCols) {
+        int64_t size_of_panel = 0;
+        for (int64_t j = first_key; j < first_key + kPanelCols; j += kLanes<Real>) {
+          const Vector<Real> gap = max<Real>(((load(score + j) - score_max) - tau_shifted) * unit, Vector<Real>{});
+          size_of_panel += __builtin_popcount(above<Real>(gap, Vector<Real>{}));
+          store(score + j, power.prob(gap));
+        }
+        if (size_of_panel > 0 && block_mask_.data != nullptr) {
+          block_mask_.mark(block.first_row + row, first_key, kTileLive);
+        }
+        size += size_of_panel;
+      }
+      set_row(row, score_max, tau_shifted, unit, size);
+    }
   }
 
   const AttentionForward& params_;

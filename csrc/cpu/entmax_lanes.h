@@ -37,28 +37,6 @@ struct CarefulSum {
   }
 };
 
-// A square of kLanes vectors, by log2(kLanes) rounds of a perfect shuffle of its two halves.
-template <class Real>
-ADASPLASH2_INLINE void transpose(Vector<Real>* rows) {
-  constexpr int kLane = kLanes<Real>;
-  Bits<Real> low, high;  // a0 b0 a1 b1 ... of the first and of the second halves of a and b
-  for (int lane = 0; lane < kLane; ++lane) {
-    low[lane] = lane / 2 + lane % 2 * kLane;
-    high[lane] = low[lane] + kLane / 2;
-  }
-#pragma GCC unroll 4
-  for (int round = kLane; round > 1; round /= 2) {
-    Vector<Real> shuffled[kLane];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLane / 2; ++i) {
-      shuffled[2 * i] = __builtin_shuffle(rows[i], rows[i + kLane / 2], low);
-      shuffled[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLane / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLane; ++i) rows[i] = shuffled[i];
-  }
-}
-
 // `width` slices of a (outer, length, inner) tensor that are neighbours: columns if inner > 1, rows otherwise.
 struct Neighbours {
   int64_t length;

@@ -83,16 +83,33 @@ struct Sums {
 template <bool kCounts, class Real, Exponent kExponent>
 ADASPLASH2_INLINE Sums<Real> list_sums(const Power<Real, kExponent>& power, const Real* score, int64_t size,
                                        Real origin, Real t, Real unit) {
-  Vector<Real> prob_sum = {}, weight_sum = {}, count = {};
+  struct Partial {
+    Vector<Real> prob = {}, weight = {}, count = {};
+  } even, odd;  // two chains of additions, whose latency would show
   const Vector<Real> zero = {}, one = broadcast(Real(1));
-  for (int64_t j = 0; j < size; j += kLanes<Real>) {
+  const auto add = [&](Partial& sums, int64_t j) {
     const Vector<Real> gap = max<Real>(((load(score + j) - origin) - t) * unit, zero);
     const Vector<Real> weight = power.weight(gap);
-    weight_sum += weight;
-    prob_sum += weight * gap;
-    if constexpr (kCounts) count += gap > zero ? one : zero;
+    sums.weight += weight;
+    sums.prob += weight * gap;
+    if constexpr (kCounts) sums.count += gap > zero ? one : zero;
+  };
+  int64_t j = 0;
+  for (; j + kLanes<Real> < size; j += 2 * kLanes<Real>) {
+    add(even, j);
+    add(odd, j + kLanes<Real>);
   }
-  return {reduce_add<Real>(prob_sum), reduce_add<Real>(weight_sum), kCounts ? reduce_add<Real>(count) : Real(0)};
+  if (j < size) add(even, j);
+  return {reduce_add<Real>(even.prob + odd.prob), reduce_add<Real>(even.weight + odd.weight),
+          kCounts ? reduce_add<Real>(even.count + odd.count) : Real(0)};
+}
+
+// How far a step of Newton from the sums at t over n scores can be off by rounding: the sums are right to
+// (n / lanes + 8) ulp, t itself to one.
+template <class Real>
+ADASPLASH2_INLINE Real tau_rounding(int64_t size, Real t, Real unit) {
+  constexpr Real kUlp = std::numeric_limits<Real>::epsilon();
+  return kUlp * ((8 + static_cast<Real>(size) / kLanes<Real>) / unit + 2 * std::fabs(t));
 }
 
 template <class Real>
@@ -114,8 +131,42 @@ ADASPLASH2_INLINE int64_t list_keep_above(Real* score, int32_t* column, int64_t 
   return kept;
 }
 
-// tau - score_max of a list of finite scores, in the list's units; score_max is the list's maximum, `start` any number
-// (the closer the better). Relative to the maximum, tau has all its digits however large the scores are.
+// One row whose tau is looked for, on a list of finite scores.
+template <class Real>
+struct TauSearch {
+  const Real* score;
+  int64_t size;
+  Real score_max;  // of the list
+  Real t;          // tau - score_max, in the list's units: the start, and what was found. Relative to the maximum, tau
+                   // has all its digits however large the scores are.
+  Real fraction;   // where the list is a sample, one in 1 / fraction, of all keys
+  bool is_done;
+};
+
+// So many rows take their steps together: what one waits for (sums over lanes, a root, divisions) the others fill.
+constexpr int64_t kSearchesAtOnce = 16;
+
+// step(search, its sums) for every search that is not done, until all are or have taken most_steps.
+template <bool kCounts, class Real, Exponent kExponent, class Step>
+ADASPLASH2_INLINE void take_steps(const Power<Real, kExponent>& power, TauSearch<Real>* searches, int64_t count,
+                                  Real unit, int most_steps, Step step) {
+  Sums<Real> sums[kSearchesAtOnce];
+  bool is_done = false;
+  for (int steps = 0; steps < most_steps && !is_done; ++steps) {
+    for (int64_t i = 0; i < count; ++i) {
+      const TauSearch<Real>& search = searches[i];
+      if (!search.is_done)
+        sums[i] = list_sums<kCounts>(power, search.score, search.size, search.score_max, search.t, unit);
+    }
+    is_done = true;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!searches[i].is_done) step(searches[i], sums[i]);
+      is_done = is_done && searches[i].is_done;
+    }
+  }
+}
+
+// The tau of at most kSearchesAtOnce rows, from any start (the closer the better).
 //
 // From the left of tau: Newton on the norm, which never passes it; within reach of it for alpha = 1.5, the exact root
 // of sum gap^2 = 1 over the keys above t. From the right: that root too, or Newton on the sum, which is convex, and
@@ -123,48 +174,47 @@ ADASPLASH2_INLINE int64_t list_keep_above(Real* score, int32_t* column, int64_t 
 // second order in the step (only keys that it crosses count), for alpha = 2 the sum is piecewise linear and the step
 // itself ends it.
 template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE Real list_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size, Real score_max,
-                                Real start, Real unit) {
+void find_taus(const Power<Real, kExponent>& power, TauSearch<Real>* searches, int64_t count, Real unit) {
   constexpr int kMostSteps = 100;  // 3 to 6 are usual; the bound only guards against cycles by rounding
   constexpr Real kEpsilon = std::numeric_limits<Real>::epsilon();
   const Real tolerance = (kExponent == Exponent::kSquare ? std::sqrt(kEpsilon) / 8 : 4 * kEpsilon) / unit;
-  Real t = start;
-  for (int step = 0; step < kMostSteps; ++step) {
-    const Sums<Real> sums = list_sums<kExponent == Exponent::kSquare>(power, score, size, score_max, t, unit);
-    const Real excess = sums.prob - 1;
-    if (!(sums.weight > 0)) {  // right of every score
-      t = -1 / unit;
-      continue;
-    }
-    Real increase = 0;
-    if constexpr (kExponent == Exponent::kSquare) {
-      const Real discriminant = sums.weight * sums.weight - sums.count * excess;
-      increase = sums.prob < 2 && discriminant > 0 ? excess / (sums.weight + std::sqrt(discriminant))
-                                                   : power.norm_step(sums.prob, sums.weight);
-    } else {
-      increase = excess > 0 ? power.norm_step(sums.prob, sums.weight) : excess / (power.b * sums.weight);
-    }
-    increase /= unit;
-    t += increase;
-    if (std::fabs(increase) <= tolerance) break;
-  }
-  return t;
+  take_steps<kExponent == Exponent::kSquare>(
+      power, searches, count, unit, kMostSteps, [&](TauSearch<Real>& search, const Sums<Real>& sums) {
+        const Real excess = sums.prob - 1;
+        if (!(sums.weight > 0)) {  // right of every score
+          search.t = -1 / unit;
+          return;
+        }
+        Real increase = 0;
+        if constexpr (kExponent == Exponent::kSquare) {
+          const Real discriminant = sums.weight * sums.weight - sums.count * excess;
+          increase = sums.prob < 2 && discriminant > 0 ? excess / (sums.weight + std::sqrt(discriminant))
+                                                       : power.norm_step(sums.prob, sums.weight);
+        } else {
+          increase = excess > 0 ? power.norm_step(sums.prob, sums.weight) : excess / (power.b * sums.weight);
+        }
+        increase /= unit;
+        search.t += increase;
+        search.is_done = std::fabs(increase) <= tolerance;
+      });
 }
 
-// How many keys of a list would stay in the support if the list were a sample, one in 1 / fraction, of all keys, and
-// where their tau - score_max would be: the t with sum prob = fraction. Newton from `start`, a lower bound on tau of
-// the list; not converged: an estimate is all that is wanted.
-template <class Real, Exponent kExponent>
-ADASPLASH2_INLINE Real list_sampled_tau(const Power<Real, kExponent>& power, const Real* score, int64_t size,
-                                        Real score_max, Real start, Real unit, Real fraction) {
-  constexpr int kSteps = 6;
-  Real t = start;
-  for (int step = 0; step < kSteps; ++step) {
-    const Sums<Real> sums = list_sums<false>(power, score, size, score_max, t, unit);
-    if (!(sums.prob > fraction) || !(sums.weight > 0)) break;
-    t += (sums.prob - fraction) / (power.b * sums.weight) / unit;
-  }
-  return t;
+// Estimates of the tau of all keys from lists that are samples of them: the t with sum prob = fraction. Newton on the
+// norm from a start on the left, not converged. The sum may leave out the best key, which a sample has by chance and
+// whose prob can be as much as that of all others.
+template <bool kWithoutBest, class Real, Exponent kExponent>
+void estimate_taus(const Power<Real, kExponent>& power, TauSearch<Real>* searches, int64_t count, Real unit) {
+  constexpr int kSteps = 4;
+  take_steps<false>(power, searches, count, unit, kSteps, [&](TauSearch<Real>& search, Sums<Real> sums) {
+    if constexpr (kWithoutBest) {
+      const Vector<Real> gap = broadcast(-search.t * unit);
+      sums.prob -= power.prob(gap)[0];
+      sums.weight -= power.weight(gap)[0];
+    }
+    search.is_done = !(sums.prob > search.fraction) || !(sums.weight > 0);
+    if (search.is_done) return;
+    search.t += power.norm_step(sums.prob / search.fraction, sums.weight / search.fraction) / unit;
+  });
 }
 
 }  // namespace adasplash2::cpu::ADASPLASH2_ISA

@@ -8,6 +8,12 @@
 // so a key whose quantised score is not above tau_lower - 2 eps_i (one eps for its score, one for the bound, which came
 // from quantised scores too) cannot be in the support. Row blocks where eps is large against the width of the window,
 // and heads with a NaN or infinite key, are scanned in float.
+//
+// A bound from what has been seen is low at first: three times as many scores are above it on their way as end in the
+// support. So a sample of the keys, one in so many, is scanned before, and tau guessed from it, on the low side. A
+// guess needs no proof in advance: a row is done with it if the tau of what it kept turns out to be above the guess by
+// eps or more, as the tau of a part of the keys is never above tau. Where it is not, the row is scanned again, above
+// that tau.
 #pragma once
 
 #include "cpu/scan.h"
@@ -24,14 +30,23 @@ constexpr int64_t kQuantizedKeys =
     512;                              // from so many keys on; below, re-scoring the candidates costs more than it saves
 constexpr float kMostMargin = 0.25f;  // largest mean of 2 eps in units of z, of the window's width 1
 
+// The sample: every sample_stride()-th key, from the middle of the first stride on.
+constexpr int64_t kSampleSize = 128, kLeastSampleStride = 8;
+constexpr int64_t kLeastSampled = 32;  // keys of the sample that a row must see for a guess
+constexpr float kGuessedMass = 2;  // sum of probabilities that a guess aims at, without the sample's best key: a tau
+                                   // that is right to the left, but for one row in a hundred of Gaussian scores
+
+inline int64_t sample_stride(int64_t num_keys) { return std::max(kLeastSampleStride, num_keys / kSampleSize); }
+inline int64_t num_sampled(int64_t num_keys, int64_t stride) { return (num_keys + stride / 2 - 1) / stride; }
+
 // Keys as bytes k^ / scale + 128, [panel][D / 4][kPanelCols][4], with one scale a panel.
 struct QuantizedKeys {
   Buffer<uint32_t> data;                     // four bytes each
   Buffer<float> scale, residual_norm, norm;  // per panel; the norms are the largest of its rows
   int64_t panels_per_head = 0, panel_size = 0;
 
-  void reserve(const AttentionProblem& problem) {
-    panels_per_head = (problem.num_keys + kPanelCols - 1) / kPanelCols;
+  void reserve(const AttentionProblem& problem, int64_t num_keys) {
+    panels_per_head = (num_keys + kPanelCols - 1) / kPanelCols;
     panel_size = problem.head_dim / 4 * kPanelCols;
     const int64_t num_panels = problem.batch * problem.num_kv_heads * panels_per_head;
     data.reserve(num_panels * panel_size);
@@ -170,6 +185,31 @@ struct QuantizedThresholds {
   }
 };
 
+const bool kHasByteCompress = __builtin_cpu_supports("avx512vbmi2") != 0;  // Ice Lake, Zen 4 and newer
+
+// Writes first_key + j for every bit j of `hits`, and up to 63 elements more.
+ADASPLASH2_INLINE void append_columns(int32_t* column, uint64_t hits, int32_t first_key) {
+  const __m512i first = _mm512_set1_epi32(first_key);
+  const auto store_16 = [&](int32_t* to, __m128i lanes) {
+    _mm512_storeu_si512(to, _mm512_add_epi32(first, _mm512_cvtepu8_epi32(lanes)));
+  };
+  alignas(64) static constexpr uint8_t kLane[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                                                    16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+                                                    32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47,
+                                                    48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  if (__builtin_expect(!kHasByteCompress, 0)) {
+    for (; hits != 0; hits &= hits - 1) *column++ = first_key + static_cast<int32_t>(__builtin_ctzll(hits));
+    return;
+  }
+  __m512i lanes;
+  asm("vpcompressb %1, %0%{%2%}%{z%}" : "=v"(lanes) : "v"(_mm512_load_si512(kLane)), "Yk"(_cvtu64_mask64(hits)));
+  store_16(column, _mm512_castsi512_si128(lanes));
+  if (__builtin_expect(__builtin_popcountll(hits) <= 16, 1)) return;
+  store_16(column + 16, _mm512_extracti32x4_epi32(lanes, 1));
+  store_16(column + 32, _mm512_extracti32x4_epi32(lanes, 2));
+  store_16(column + 48, _mm512_extracti32x4_epi32(lanes, 3));
+}
+
 template <bool kEdited>
 __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const uint32_t* panel, int64_t depth,
                                                     int32_t first_key, int64_t first_row,
@@ -195,30 +235,32 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
   }
 #pragma GCC unroll 6
   for (int row = 0; row < kTileRows; ++row) {
-    // Negative in every lane: no hit among 64 keys.
-    const __m512i all =
-        _mm512_and_si512(_mm512_and_si512(acc[row][0], acc[row][1]), _mm512_and_si512(acc[row][2], acc[row][3]));
-    if (_mm512_movepi32_mask(all) == 0xffff) continue;
-    int32_t size = lists.size[first_row + row];
-    float* score = lists.score[first_row + row];
-    int32_t* column = lists.column[first_row + row];
+    uint64_t hits = 0;
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v)
+      hits |= uint64_t{_mm512_cmpge_epi32_mask(acc[row][v], _mm512_setzero_si512())} << (16 * v);
+    if constexpr (kEdited) hits &= allowed[row];
+    if (hits == 0) continue;
+    const int32_t size = lists.size[first_row + row];
+    lists.size[first_row + row] = size + __builtin_popcountll(hits);
+    append_columns(lists.column[first_row + row] + size, hits, first_key);
+    float* score = lists.score[first_row + row] + size;
     const __m512i base = _mm512_set1_epi32(thresholds.base[first_row + row]);
     const __m512 factor = _mm512_set1_ps(thresholds.factor[first_row + row]);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      uint32_t hits = static_cast<uint16_t>(~_mm512_movepi32_mask(acc[row][v]));
-      if constexpr (kEdited) hits &= static_cast<uint32_t>(allowed[row] >> (16 * v));
+      const __mmask16 mask = static_cast<__mmask16>(hits >> (16 * v));
       const __m512 scores = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(acc[row][v], base)), factor);
-      size += append_compressed<float>(score + size, column + size, hits & 0xffff, (Vector<float>)scores,
-                                       first_key + 16 * v);
+      _mm512_storeu_ps(score, _mm512_maskz_compress_ps(mask, scores));
+      score += __builtin_popcount(mask);
     }
-    lists.size[first_row + row] = size;
   }
 }
 
+// Scans one panel for the named groups of the block's rows and prunes the lists that have grown.
 template <class Element, Exponent kExponent>
-void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, const QuantizedQueries& queries,
-                          const QuantizedKeys& keys, int64_t kv_index, int64_t panel,
+void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, GroupSet groups,
+                          const QuantizedQueries& queries, const QuantizedKeys& keys, int64_t kv_index, int64_t panel,
                           const Power<float, kExponent>& power, RowLists<float>& lists) {
   const int64_t depth = view.problem.head_dim / 4, index = kv_index * keys.panels_per_head + panel;
   const uint32_t* packed_panel = keys.data.data() + index * keys.panel_size;
@@ -226,6 +268,7 @@ void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, 
   QuantizedThresholds thresholds;
   thresholds.set(lists.lower, queries, keys.scale[index], block.num_groups() * kTileRows);
   for (int64_t group = 0; group < block.num_groups(); ++group) {
+    if (!groups.has(group)) continue;
     const uint32_t* rows = queries.data.data() + group * depth * kTileRows;
     const RowBlock::View seen = block.group_view(group, panel, /*has_mask=*/false);
     if (seen == RowBlock::View::kNothing) continue;
@@ -253,8 +296,8 @@ bool quantize_queries(const HeadView<Element>&, const RowBlock&, float, float, Q
   return false;
 }
 template <class Element, Exponent kExponent>
-void scan_panel_quantized(const HeadView<Element>&, const RowBlock&, const QuantizedQueries&, const QuantizedKeys&,
-                          int64_t, int64_t, const Power<float, kExponent>&, RowLists<float>&) {}
+void scan_panel_quantized(const HeadView<Element>&, const RowBlock&, GroupSet, const QuantizedQueries&,
+                          const QuantizedKeys&, int64_t, int64_t, const Power<float, kExponent>&, RowLists<float>&) {}
 
 #endif
 

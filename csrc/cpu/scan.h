@@ -30,18 +30,15 @@ template <class Element>
 void pack_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t depth,
                 Accumulator<Element>* packed) {
   using Real = Accumulator<Element>;
-  constexpr int kCols = kTileCols<Real>, kBlock = kLanes<Real>;
-  for (int64_t col = 0; col < kPanelCols; ++col) {
+  constexpr int kCols = kTileCols<Real>, kSquare = kLanes<Real>;
+  for (int64_t col = 0; col < kPanelCols; col += kSquare) {
     Real* out = packed + col / kCols * depth * kCols + col % kCols;
-    if (col >= count) {
-      for (int64_t d = 0; d < depth; ++d) out[d * kCols] = 0;
-      continue;
-    }
-    const Element* row = first_row + col * stride_row;
-    for (int64_t d = 0; d < depth; d += kBlock) {
-      alignas(64) Real values[kBlock];
-      store(values, load(row + d));
-      for (int lane = 0; lane < kBlock; ++lane) out[(d + lane) * kCols] = values[lane];
+    for (int64_t d = 0; d < depth; d += kSquare) {
+      Vector<Real> square[kSquare];
+      for (int i = 0; i < kSquare; ++i)
+        square[i] = col + i < count ? load(first_row + (col + i) * stride_row + d) : Vector<Real>{};
+      transpose<Real>(square);
+      for (int i = 0; i < kSquare; ++i) store(out + (d + i) * kCols, square[i]);
     }
   }
 }
@@ -96,6 +93,7 @@ struct RowLists {
   // One element per row of the block.
   alignas(64) Real lower[kRowBlock];  // scores at and below it are out for good
   Real margin[kRowBlock];             // how much lower than the bound on tau: 2 eps where scores are off by up to eps
+  Real guess[kRowBlock];              // `lower` where that was guessed, not derived; -inf where it was not
   Real score_max[kRowBlock];          // of the first `checked` scores
   int32_t size[kRowBlock];
   int32_t checked[kRowBlock];
@@ -115,11 +113,18 @@ struct RowLists {
       if (score_[row].size() == 0) allocate(row, kFirstCapacity);
       lower[row] = row < num_rows ? -kInfinity<Real> : kInfinity<Real>;  // rows past the end take nothing but NaN
       margin[row] = 0;
-      score_max[row] = kLowest<Real>;
-      size[row] = checked[row] = 0;
-      limit[row] = 1;
       is_poisoned[row] = false;
+      restart(row, 1);
     }
+  }
+
+  // Empties a row's list; its bound stays.
+  void restart(int64_t row, int32_t first_limit) {
+    guess[row] = -kInfinity<Real>;
+    score_max[row] = kLowest<Real>;
+    size[row] = checked[row] = 0;
+    limit[row] = first_limit;
+    ensure_room(row);
   }
 
   // Room for one more panel, and for whole vectors past the end.
@@ -149,10 +154,10 @@ struct RowLists {
 
 constexpr int32_t kLeastGrowth = 64;  // entries; a list is pruned again when it has grown by this and doubled
 
-// Raises a row's lower bound and drops what it rules out.
+// Raises a row's lower bound by so many steps and drops what it rules out.
 template <class Real, Exponent kExponent>
-__attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const Power<Real, kExponent>& power,
-                                     Real unit) {
+__attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const Power<Real, kExponent>& power, Real unit,
+                                     int num_steps = 1) {
   const int32_t size = lists.size[row];
   Real* score = lists.score[row];
   if (size == 0) return;
@@ -166,12 +171,15 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
   }
   const Real score_max = lists.score_max[row] = std::max(lists.score_max[row], top.max);
   Real t = std::max(lists.lower[row] + lists.margin[row], score_max - 1 / unit);
-  const Sums<Real> sums = list_sums<false>(power, score, size, Real(0), t, unit);
-  if (sums.prob > 1 && sums.weight > 0) t += power.norm_step(sums.prob, sums.weight) / unit;
-  // Rounding: the sums of n terms are right to (n / lanes + 8) ulp, t itself to one. What the margin keeps too much is
-  // dropped at the end; what it could lose would have a gap of this size.
-  constexpr Real kUlp = std::numeric_limits<Real>::epsilon();
-  t -= kUlp * ((8 + static_cast<Real>(size) / kLanes<Real>) / unit + 2 * std::fabs(t));
+  for (int step = 0; step < num_steps; ++step) {
+    const Sums<Real> sums = list_sums<false>(power, score, size, Real(0), t, unit);
+    if (!(sums.prob > 1 && sums.weight > 0)) break;
+    const Real increase = power.norm_step(sums.prob, sums.weight) / unit;
+    t += increase;
+    if (increase < lists.margin[row] / 8) break;  // the margin decides
+  }
+  // What the margin keeps too much is dropped at the end; what rounding could lose would have a gap of this size.
+  t -= tau_rounding(size, t, unit);
   lists.lower[row] = std::max(lists.lower[row], t - lists.margin[row]);
   const int32_t kept = static_cast<int32_t>(list_keep_above(score, lists.column[row], size, lists.lower[row]));
   lists.size[row] = lists.checked[row] = kept;
@@ -219,6 +227,17 @@ __attribute__((noinline)) void scan_group(const Real* group, const Real* panel, 
     }
   }
 }
+
+// Which groups of a block's rows.
+struct GroupSet {
+  uint32_t bits = 0;
+  static_assert(kRowBlock / kTileRows <= 32, "a bit per group");
+
+  static GroupSet all() { return {~uint32_t{0}}; }
+  void insert(int64_t group) { bits |= uint32_t{1} << group; }
+  bool has(int64_t group) const { return (bits >> group & 1) != 0; }
+  bool is_empty() const { return bits == 0; }
+};
 
 // The keys that the rows of a block may see.
 struct RowBlock {

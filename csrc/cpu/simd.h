@@ -166,7 +166,17 @@ ADASPLASH2_INLINE Accumulator<Element> load_one(const Element* p) {
 // NaN in either operand: x86's maximum returns the second one, so max(x, floor) turns a NaN x into floor.
 template <class Real>
 ADASPLASH2_INLINE Vector<Real> max(Vector<Real> a, Vector<Real> b) {
-  return a > b ? a : b;
+  // Not a > b ? a : b, of which GCC 12 makes a comparison and a blend.
+#if defined(ADASPLASH2_AVX512)
+  if constexpr (std::is_same_v<Real, float>) return (Vector<Real>)_mm512_max_ps((__m512)a, (__m512)b);
+  else return (Vector<Real>)_mm512_max_pd((__m512d)a, (__m512d)b);
+#elif defined(ADASPLASH2_AVX2)
+  if constexpr (std::is_same_v<Real, float>) return (Vector<Real>)_mm256_max_ps((__m256)a, (__m256)b);
+  else return (Vector<Real>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  if constexpr (std::is_same_v<Real, float>) return (Vector<Real>)_mm_max_ps((__m128)a, (__m128)b);
+  else return (Vector<Real>)_mm_max_pd((__m128d)a, (__m128d)b);
+#endif
 }
 
 template <class Real>
@@ -233,6 +243,28 @@ ADASPLASH2_INLINE uint32_t above(Vector<Real> a, Vector<Real> b) {
   if constexpr (std::is_same_v<Real, float>) return _mm_movemask_ps(_mm_cmpnle_ps((__m128)a, (__m128)b));
   else return _mm_movemask_pd(_mm_cmpnle_pd((__m128d)a, (__m128d)b));
 #endif
+}
+
+// A square of kLanes vectors, by log2(kLanes) rounds of a perfect shuffle of its two halves.
+template <class Real>
+ADASPLASH2_INLINE void transpose(Vector<Real>* rows) {
+  constexpr int kLane = kLanes<Real>;
+  Bits<Real> low, high;  // a0 b0 a1 b1 ... of the first and of the second halves of a and b
+  for (int lane = 0; lane < kLane; ++lane) {
+    low[lane] = lane / 2 + lane % 2 * kLane;
+    high[lane] = low[lane] + kLane / 2;
+  }
+#pragma GCC unroll 4
+  for (int round = kLane; round > 1; round /= 2) {
+    Vector<Real> shuffled[kLane];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLane / 2; ++i) {
+      shuffled[2 * i] = __builtin_shuffle(rows[i], rows[i + kLane / 2], low);
+      shuffled[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLane / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLane; ++i) rows[i] = shuffled[i];
+  }
 }
 
 // Writes the lanes of (score, first_column + lane) that are set in `mask` to the front of score[], column[] and returns
