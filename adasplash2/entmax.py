@@ -13,6 +13,11 @@ __all__ = ["entmax", "entmax15", "sparsemax"]
 
 HALF_PRECISIONS = (torch.bfloat16, torch.float16)
 
+# The gradient by x takes its weights, prob^(2 - alpha), from the saved prob. Below 2^-25 a prob is zero in float16, and
+# its weight with it: from this alpha on more than half a rounding, 2^-12, of the largest weight there can be. Then prob
+# is saved in float32.
+LARGEST_FLOAT16_ALPHA = 2 - 12 / 25
+
 
 def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     """``prob_j = [(alpha - 1) x_j - tau]_+ ^ (1 / (alpha - 1))`` along `dim`, tau such that they sum to 1.
@@ -33,14 +38,17 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating point tensor, got {got}")
     if isinstance(alpha, Tensor):
-        if alpha.requires_grad and x.dtype in HALF_PRECISIONS:
-            # The gradient by alpha is a difference of sums over the saved prob: it needs prob unrounded.
+        # The gradient by alpha is a difference of sums over the saved prob: it needs prob unrounded.
+        is_by_alpha = alpha.requires_grad and x.dtype in HALF_PRECISIONS
+        if is_by_alpha or (x.requires_grad and x.dtype == torch.float16):
             return _entmax(x.float(), 0.0, alpha, dim).to(x.dtype)
         return _entmax(x, 0.0, alpha, dim)
     if not 1 <= alpha <= 2:
         raise ValueError(f"alpha must be in [1, 2], got {alpha}")
     if alpha == 1:
         return _softmax(x, dim)
+    if x.requires_grad and x.dtype == torch.float16 and alpha > LARGEST_FLOAT16_ALPHA:
+        return _entmax(x.float(), alpha, None, dim).to(x.dtype)
     return _entmax(x, alpha, None, dim)
 
 
