@@ -46,12 +46,16 @@ struct ScanConfig {
   static constexpr int kBlockM = kWarps * kRowsPerWarp;
   static constexpr int kBlockN = kHeadDim <= 64 ? kMaskKeys : kMaskKeys / 2;  // a stage of the key ring
   static constexpr int kStages = 3;
-  static constexpr int kKeysPerStep = kHeadDim == 128 ? 16 : 32;  // scores in registers at a time
-  static_assert(kMaskKeys % kBlockN == 0 && kBlockN % kKeysPerStep == 0, "a mask tile is some stages of some steps");
+  // Scores in registers at a time; the parts of floats take the room of half of them.
+  static constexpr int kMostKeysPerStep = kHeadDim == 128 ? 16 : 32;
+  template <typename Element>
+  static constexpr int kKeysPerStep = std::is_same_v<Element, float> ? 16 : kMostKeysPerStep;
+  static_assert(kMaskKeys % kBlockN == 0 && kBlockN % kMostKeysPerStep == 0,
+                "a mask tile is some stages of some steps");
 
   // Hits wait in lists of this many per lane and row; a list is flushed when those of the next step may not fit.
   static constexpr int kHitsPerList = 14;
-  static constexpr int kMostHitsPerStep = kKeysPerStep / 4;  // the four lanes of a quad share a row
+  static constexpr int kMostHitsPerStep = kMostKeysPerStep / 4;  // the four lanes of a quad share a row
   static_assert(kHitsPerList >= kMostHitsPerStep, "an empty list must take one step");
 
   static constexpr int kRowsPerLane = kRowsPerWarp / 8;

@@ -25,7 +25,7 @@ template <AlphaKind kKind, typename Power>
 ADASPLASH2_HOST_DEVICE bool refine(const Entmax<kKind, Power>& entmax, const RowSums& sums, float& tau) {
   if (!(sums.prob > 1.0f)) return false;
   if constexpr (!std::is_same_v<Power, FastPower>) {
-    const float step = entmax.last_step(sums);
+    const float step = entmax.newton_step(sums);
     tau += step;
     return step > kLargestLastPreciseRefinement * sums.prob / sums.weight;
   }

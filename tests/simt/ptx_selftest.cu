@@ -251,6 +251,28 @@ void test_mma(const char* name) {
   report(name, same_bits(out.values(), expected));
 }
 
+// Not in the PTX ISA, but measured (README.md, "Rounding"): 1 + count * term, a case a row.
+void test_mma_rounding() {
+  struct Case {
+    int count;
+    float term, expected;
+  };
+  constexpr Case kCases[] = {
+      {1, 0x1p-24f, 1.0f},  {4, 0x1p-25f, 1.0f + 0x1p-23f},  {8, 0x1p-25f, 1.0f + 0x1p-22f},  {16, 0x1p-26f, 1.0f},
+      {1, -0x1p-26f, 1.0f}, {1, -0x1p-25f, 1.0f - 0x1p-24f}, {2, -0x1p-25f, 1.0f - 0x1p-24f},
+  };
+  std::vector<float> a(256), b(128, 1.0f), expected(128, 1.0f);
+  int row = 0;
+  for (const Case& test : kCases) {
+    for (int k = 0; k < test.count; ++k) a[row * 16 + k] = test.term;
+    for (int column = 0; column < 8; ++column) expected[row * 8 + column] = test.expected;
+    ++row;
+  }
+  Buffer<float> g_a(a), g_b(b), out(std::vector<float>(128));
+  launch_kernel(mma_kernel<__nv_bfloat16>, dim3(1), dim3(32), 0, nullptr, g_a.data(), g_b.data(), out.data());
+  report("mma_m16n8k16_bf16 rounding", same_bits(out.values(), expected));
+}
+
 // ---- conversions ----
 
 __global__ void convert_kernel(const float* in, int size, uint32_t* out) {
@@ -817,6 +839,7 @@ int main() {
   test_atomics();
   test_barriers();
   if (has_hopper()) {
+    test_mma_rounding();
     test_hopper();
   } else {
     std::printf("       the Hopper cases need an sm_90 device and code for sm_90a\n");

@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
         }
       }
       bool is_live = false;
-      MmaOperand<Element> prob[kFragmentsM][kFragmentsN / 2];  // rounded at once: half the registers
+      MmaOperand<Element> prob[kFragmentsN / 2][kFragmentsM];  // rounded at once: half the registers
 #pragma unroll
       for (int k = 0; k < kFragmentsN / 2; ++k) {
 #pragma unroll
@@ -242,17 +242,20 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
               is_live |= gap > 0.0f;
             }
           }
-          prob[i][k] = operand_of_accumulators<Element>(exact[0], exact[1]);
+          prob[k][i] = operand_of_accumulators<Element>(exact[0], exact[1]);
         }
       }
       if (!__any_sync(kAllLanes, is_live)) continue;
 
-      multiply_add<Element, kCols>(grad_value, prob, s_grad_out + step_offset, grad_begin);
-      float grad_prob[kFragmentsM][kFragmentsN][4];  // transposed too
-      multiply_transposed<Element, kCols>(grad_prob, value, s_grad_out + step_offset);
-      MmaOperand<Element> grad_score[kFragmentsM][kFragmentsN / 2];
 #pragma unroll
       for (int k = 0; k < kFragmentsN / 2; ++k) {
+        multiply_add<Element, kCols>(grad_value, prob[k], s_grad_out + step_offset, k * kMmaK, grad_begin);
+      }
+      float grad_prob[kFragmentsM][kFragmentsN][4];  // transposed too
+      multiply_transposed<Element, kCols>(grad_prob, value, s_grad_out + step_offset);
+#pragma unroll
+      for (int k = 0; k < kFragmentsN / 2; ++k) {
+        MmaOperand<Element> grad_score[kFragmentsM];
 #pragma unroll
         for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
@@ -263,10 +266,10 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
               grad_prob[i][n][e] = weight[i][n][e] * (grad_prob[i][n][e] - delta);
             }
           }
-          grad_score[i][k] = operand_of_accumulators<Element>(grad_prob[i][2 * k], grad_prob[i][2 * k + 1]);
+          grad_score[i] = operand_of_accumulators<Element>(grad_prob[i][2 * k], grad_prob[i][2 * k + 1]);
         }
+        multiply_add<Element, kCols>(grad_key, grad_score, s_query + step_offset, k * kMmaK, grad_begin);
       }
-      multiply_add<Element, kCols>(grad_key, grad_score, s_query + step_offset, grad_begin);
     }
   }
   ptx::cp_async_wait<0>();

@@ -37,9 +37,10 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   constexpr int kCols = kTileCols<Element, kHeadDim>;
   using Config = GradQueryConfig<kCols, kHasMask>;
   constexpr int kFragmentsM = Config::kRowsPerWarp / kMmaM;
-  using QueryFragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
-  using GradOutFragments =
-      std::conditional_t<Config::kGradOutInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
+  // Fewer steps of the products at a time where an operand has three parts.
+  using FragmentsInSmem = RowFragmentsInSmem<kCols, std::is_same_v<Element, float> ? 2 : 4>;
+  using QueryFragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kCols>, FragmentsInSmem>;
+  using GradOutFragments = std::conditional_t<Config::kGradOutInRegisters, RowFragments<kCols>, FragmentsInSmem>;
   constexpr int kFragmentsN = Config::kKeysPerStep / kMmaN;
   constexpr int kStageBytes = Config::kBlockN * kCols * 2;
   constexpr int kPartsPerTile = kMaskKeys / Config::kBlockN;
@@ -167,11 +168,11 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
 
       float grad_prob[kFragmentsM][kFragmentsN][4];
       multiply_transposed<Element, kCols>(grad_prob, grad_out, s_value + step_offset);
-      MmaOperand<Element> grad_score[kFragmentsM][kFragmentsN / 2];
 #pragma unroll
-      for (int i = 0; i < kFragmentsM; ++i) {
+      for (int k = 0; k < kFragmentsN / 2; ++k) {
+        MmaOperand<Element> grad_score[kFragmentsM];
 #pragma unroll
-        for (int k = 0; k < kFragmentsN / 2; ++k) {
+        for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
           for (int n = 2 * k; n < 2 * k + 2; ++n) {
 #pragma unroll
@@ -179,10 +180,10 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
               grad_prob[i][n][e] = weight[i][n][e] * (grad_prob[i][n][e] - delta[i][e / 2]);
             }
           }
-          grad_score[i][k] = operand_of_accumulators<Element>(grad_prob[i][2 * k], grad_prob[i][2 * k + 1]);
+          grad_score[i] = operand_of_accumulators<Element>(grad_prob[i][2 * k], grad_prob[i][2 * k + 1]);
         }
+        multiply_add<Element, kCols>(grad_query, grad_score, s_key + step_offset, k * kMmaK, 0);
       }
-      multiply_add<Element, kCols>(grad_query, grad_score, s_key + step_offset, 0);
     }
     key_begin = next_key_begin;
   }

@@ -183,7 +183,8 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
     const int key_begin = tile * Config::kBlockN + first_key;
     if constexpr (kHasMask) {
       const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
-      mask.apply_to(gap, warp_row, key_begin, rows.visible[0], rows.visible[1]);
+      mask.apply_to(gap, warp_row, key_begin, range.num_visible_keys(warp_row + accumulator_row(lane, 0)),
+                    range.num_visible_keys(warp_row + accumulator_row(lane, 1)));
     }
     return scores_to_gaps(gap, rows, to_z, key_begin, key_begin + kKeysPerStep > unmasked_end, sums);
   };
@@ -284,8 +285,9 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
     }
     const int row = warp_row + accumulator_row(lane, half);
     if (lane % 4 == 0 && value_chunk == 0 && row < num_queries) {
-      params.tau[head_row + row] = rows.tau[half] + fold.step;
-      if (params.support_size != nullptr) params.support_size[head_row + row] = static_cast<int32_t>(total.count);
+      const int64_t index = row_index(problem, batch, head, row);
+      params.tau[index] = rows.tau[half] + fold.step;
+      if (params.support_size != nullptr) params.support_size[index] = static_cast<int32_t>(total.count);
     }
   }
 

@@ -368,7 +368,8 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
   constexpr int kCols = kTileCols<Element, kHeadDim>;
   using Config = ScanConfig<kCols>;
   constexpr int kFragmentsM = Config::kRowsPerWarp / kMmaM;
-  constexpr int kFragmentsN = Config::kKeysPerStep / kMmaN;
+  constexpr int kKeysPerStep = Config::template kKeysPerStep<Element>;
+  constexpr int kFragmentsN = kKeysPerStep / kMmaN;
   constexpr int kStageBytes = Config::kBlockN * kCols * 2;
   constexpr float kLeastShare = 1.0f / 16.0f;  // to conclude from, on keys to come
 
@@ -487,14 +488,14 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
     stage = stage == Config::kStages - 1 ? 0 : stage + 1;
 
 #pragma unroll 1
-    for (int first_key = 0; first_key < Config::kBlockN; first_key += Config::kKeysPerStep) {
+    for (int first_key = 0; first_key < Config::kBlockN; first_key += kKeysPerStep) {
       // Phase 3: scores.
       float score[kFragmentsM][kFragmentsN][4];
       multiply_transposed<Element, kCols>(score, query, s_stage + first_key * kCols * 2);
 
       // Phase 4: keys that a row does not see score -inf; looked for at an edge only, and in masks.
       const int key_begin = stage_key + first_key;
-      if (key_begin + Config::kKeysPerStep > unmasked_end) {
+      if (key_begin + kKeysPerStep > unmasked_end) {
 #pragma unroll
         for (int r = 0; r < Config::kRowsPerLane; ++r) {
           const int visible = visible_keys(r);

@@ -59,31 +59,14 @@ struct MmaOperand {
   uint32_t value[4];
 };
 
-// A float is the sum of three bfloat16, all its 24 bits. Of the nine products of two such sums the six largest are
-// formed: what is left out is below 2^-24 of the whole. A score is the difference of few large terms, so the five small
-// ones are added up first, over all k: the sum then takes as many roundings of its own size as in float.
-enum class Terms { kAll, kSmall, kLarge };
-
-// body(std::integral_constant<Terms, ...>) for each pass over k.
-template <typename Element, typename Body>
-__device__ __forceinline__ void for_each_terms(const Body& body) {
-  if constexpr (std::is_same_v<Element, float>) {
-    body(std::integral_constant<Terms, Terms::kSmall>{});
-    body(std::integral_constant<Terms, Terms::kLarge>{});
-  } else {
-    body(std::integral_constant<Terms, Terms::kAll>{});
-  }
-}
-
+// A float is the sum of three bfloat16, all its 24 bits.
 template <>
 struct MmaOperand<float> {
   uint32_t high[4], middle[4], low[4];
 
   // The two floats of register i.
-  template <Terms kTerms>
   __device__ __forceinline__ void split(int i, float first, float second) {
     high[i] = ptx::pack_bf16(first, second);
-    if constexpr (kTerms == Terms::kLarge) return;
     remove(high[i], first, second);
     middle[i] = ptx::pack_bf16(first, second);
     remove(middle[i], first, second);
@@ -98,25 +81,32 @@ struct MmaOperand<float> {
 };
 
 // acc += A * B, with the first or the second of the two n8 fragments that an operand B holds.
-template <Terms kTerms, typename Element>
+template <typename Element>
 __device__ __forceinline__ void multiply_add(float (&acc)[4], const MmaOperand<Element>& a,
                                              const MmaOperand<Element>& b, int which) {
+  ptx::mma_m16n8k16<Element>(acc, a.value, b.value[2 * which], b.value[2 * which + 1]);
+}
+
+// Of the nine products of two sums of three the six largest are formed, the small ones first: what is left out is below
+// 2^-24 of the whole.
+// NOTE: the tensor cores round towards zero (H200, 2026-11-23: they cut every term 25 bits below the largest, and the
+// sum to 24 bits), so a long sum of one sign would drift by half a unit of its own a step. Each step's products are
+// therefore added up by themselves, and to the sum as floats are.
+template <>
+__device__ __forceinline__ void multiply_add(float (&acc)[4], const MmaOperand<float>& a, const MmaOperand<float>& b,
+                                             int which) {
+  float step[4] = {};
   const auto multiply = [&](const uint32_t (&left)[4], const uint32_t (&right)[4]) {
-    using Factor = std::conditional_t<std::is_same_v<Element, float>, __nv_bfloat16, Element>;
-    ptx::mma_m16n8k16<Factor>(acc, left, right[2 * which], right[2 * which + 1]);
+    ptx::mma_m16n8k16<__nv_bfloat16>(step, left, right[2 * which], right[2 * which + 1]);
   };
-  if constexpr (!std::is_same_v<Element, float>) {
-    multiply(a.value, b.value);
-  } else {
-    if constexpr (kTerms != Terms::kLarge) {
-      multiply(a.low, b.high);
-      multiply(a.high, b.low);
-      multiply(a.middle, b.middle);
-      multiply(a.middle, b.high);
-      multiply(a.high, b.middle);
-    }
-    if constexpr (kTerms != Terms::kSmall) multiply(a.high, b.high);
-  }
+  multiply(a.low, b.high);
+  multiply(a.high, b.low);
+  multiply(a.middle, b.middle);
+  multiply(a.middle, b.high);
+  multiply(a.high, b.middle);
+  multiply(a.high, b.high);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) acc[e] += step[e];
 }
 
 // Two accumulators side by side (16 x 16), rounded to the input type, are an A fragment of the next product.
@@ -183,17 +173,17 @@ template <typename Element, int kCols>
 constexpr int kStepsOf = kCols * 2 / static_cast<int>(sizeof(Element)) / kMmaK;
 
 // 16 rows of A at step k.
-template <typename Element, Terms kTerms, typename Fragments>
+template <typename Element, typename Fragments>
 __device__ __forceinline__ MmaOperand<Element> operand_a(const Fragments& rows, int k) {
   MmaOperand<Element> operand;
   if constexpr (std::is_same_v<Element, float>) {
     uint32_t left[4], right[4];
     rows.get(left, 2 * k);
     rows.get(right, 2 * k + 1);
-    operand.template split<kTerms>(0, __uint_as_float(left[0]), __uint_as_float(left[2]));
-    operand.template split<kTerms>(1, __uint_as_float(left[1]), __uint_as_float(left[3]));
-    operand.template split<kTerms>(2, __uint_as_float(right[0]), __uint_as_float(right[2]));
-    operand.template split<kTerms>(3, __uint_as_float(right[1]), __uint_as_float(right[3]));
+    operand.split(0, __uint_as_float(left[0]), __uint_as_float(left[2]));
+    operand.split(1, __uint_as_float(left[1]), __uint_as_float(left[3]));
+    operand.split(2, __uint_as_float(right[0]), __uint_as_float(right[2]));
+    operand.split(3, __uint_as_float(right[1]), __uint_as_float(right[3]));
   } else {
     rows.get(operand.value, k);
   }
@@ -201,17 +191,17 @@ __device__ __forceinline__ MmaOperand<Element> operand_a(const Fragments& rows, 
 }
 
 // 16 rows of a tile at step k, transposed.
-template <typename Element, Terms kTerms, int kCols>
+template <typename Element, int kCols>
 __device__ __forceinline__ MmaOperand<Element> operand_b(uint32_t s_tile, int row, int k) {
   MmaOperand<Element> operand;
   if constexpr (std::is_same_v<Element, float>) {
     uint32_t left[4], right[4];
     load_b<kCols>(left, s_tile, row, 2 * k);
     load_b<kCols>(right, s_tile, row, 2 * k + 1);
-    operand.template split<kTerms>(0, __uint_as_float(left[0]), __uint_as_float(left[1]));
-    operand.template split<kTerms>(1, __uint_as_float(right[0]), __uint_as_float(right[1]));
-    operand.template split<kTerms>(2, __uint_as_float(left[2]), __uint_as_float(left[3]));
-    operand.template split<kTerms>(3, __uint_as_float(right[2]), __uint_as_float(right[3]));
+    operand.split(0, __uint_as_float(left[0]), __uint_as_float(left[1]));
+    operand.split(1, __uint_as_float(right[0]), __uint_as_float(right[1]));
+    operand.split(2, __uint_as_float(left[2]), __uint_as_float(left[3]));
+    operand.split(3, __uint_as_float(right[2]), __uint_as_float(right[3]));
   } else {
     load_b<kCols>(operand.value, s_tile, row, k);
   }
@@ -226,26 +216,24 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kM][kN][4], con
   static_assert(kN % 2 == 0, "an operand B holds two fragments");
 #pragma unroll
   for (int i = 0; i < kM; ++i) clear(acc[i]);
-  for_each_terms<Element>([&](auto terms) {
-    constexpr Terms kTerms = decltype(terms)::value;
 #pragma unroll(Fragments::kUnroll * 2 / static_cast<int>(sizeof(Element)))
-    for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
-      // NOTE: lets no load of this step move up to those before: parts of several steps at once would spill registers.
+  for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
+    // NOTE: lets no load of this step move up to those before: parts of several steps at once would spill registers.
+    if constexpr (std::is_same_v<Element, float>) __syncwarp();
+    MmaOperand<Element> a[kM];
+#pragma unroll
+    for (int i = 0; i < kM; ++i) a[i] = operand_a<Element>(rows[i], k);
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
       if constexpr (std::is_same_v<Element, float>) __syncwarp();
-      MmaOperand<Element> a[kM];
+      const auto b = operand_b<Element, kCols>(s_tile, n * kMmaN, k);
 #pragma unroll
-      for (int i = 0; i < kM; ++i) a[i] = operand_a<Element, kTerms>(rows[i], k);
-#pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        const auto b = operand_b<Element, kTerms, kCols>(s_tile, n * kMmaN, k);
-#pragma unroll
-        for (int i = 0; i < kM; ++i) {
-          multiply_add<kTerms>(acc[i][n], a[i], b, 0);
-          multiply_add<kTerms>(acc[i][n + 1], a[i], b, 1);
-        }
+      for (int i = 0; i < kM; ++i) {
+        multiply_add(acc[i][n], a[i], b, 0);
+        multiply_add(acc[i][n + 1], a[i], b, 1);
       }
     }
-  });
+  }
 }
 
 // The same with 16 rows.
@@ -261,10 +249,10 @@ __device__ __forceinline__ MmaOperand<Element> operand_of_accumulators(const flo
                                                                        const float (&right)[4]) {
   MmaOperand<Element> operand;
   if constexpr (std::is_same_v<Element, float>) {
-    operand.template split<Terms::kAll>(0, left[0], left[1]);
-    operand.template split<Terms::kAll>(1, left[2], left[3]);
-    operand.template split<Terms::kAll>(2, right[0], right[1]);
-    operand.template split<Terms::kAll>(3, right[2], right[3]);
+    operand.split(0, left[0], left[1]);
+    operand.split(1, left[2], left[3]);
+    operand.split(2, right[0], right[1]);
+    operand.split(3, right[2], right[3]);
   } else {
     accumulators_to_a<Element>(operand.value, left, right);
   }
@@ -292,7 +280,7 @@ __device__ __forceinline__ MmaOperand<Element> operand_b_of_columns(uint32_t s_t
             SwizzledTile<kCols>::offset(row, chunk / 8 * 8) + (lane_offset(parity) ^ (chunk % 8 * kChunkBytes));
         return *reinterpret_cast<const float*>(smem + offset);
       };
-      operand.template split<Terms::kAll>(i, load(0), load(1));
+      operand.split(i, load(0), load(1));
     }
   } else {
     load_b_transposed<kCols>(operand.value, s_tile, first_row, first_col / kMmaN);
@@ -300,20 +288,18 @@ __device__ __forceinline__ MmaOperand<Element> operand_b_of_columns(uint32_t s_t
   return operand;
 }
 
-// acc (16 kM x 8 kN) += left (16 kM x 16 kK) * columns [first_col, first_col + 8 kN) of the tile (16 kK rows).
-template <typename Element, int kCols, int kM, int kN, int kK>
-__device__ __forceinline__ void multiply_add(float (&acc)[kM][kN][4], const MmaOperand<Element> (&left)[kM][kK],
-                                             uint32_t s_tile, int first_col) {
+// acc (16 kM x 8 kN) += left (16 kM x 16) * 16 rows of the tile from first_row on, 8 kN columns from first_col on.
+template <typename Element, int kCols, int kM, int kN>
+__device__ __forceinline__ void multiply_add(float (&acc)[kM][kN][4], const MmaOperand<Element> (&left)[kM],
+                                             uint32_t s_tile, int first_row, int first_col) {
 #pragma unroll
-  for (int k = 0; k < kK; ++k) {
+  for (int n = 0; n < kN; n += 2) {
+    if constexpr (std::is_same_v<Element, float>) __syncwarp();  // as in multiply_transposed()
+    const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row, first_col + n * kMmaN);
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      const auto b = operand_b_of_columns<Element, kCols>(s_tile, k * kMmaK, first_col + n * kMmaN);
-#pragma unroll
-      for (int i = 0; i < kM; ++i) {
-        multiply_add<Terms::kAll>(acc[i][n], left[i][k], b, 0);
-        multiply_add<Terms::kAll>(acc[i][n + 1], left[i][k], b, 1);
-      }
+    for (int i = 0; i < kM; ++i) {
+      multiply_add(acc[i][n], left[i], b, 0);
+      multiply_add(acc[i][n + 1], left[i], b, 1);
     }
   }
 }
@@ -328,10 +314,10 @@ __device__ __forceinline__ void multiply_add_both(float (&acc)[kN][4], const Mma
   for (int n = 0; n < kN; n += 2) {
     if constexpr (std::is_same_v<Element, float>) __syncwarp();
     const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row, n * kMmaN);
-    multiply_add<Terms::kAll>(acc[n], left, b, 0);
-    multiply_add<Terms::kAll>(acc[n + 1], left, b, 1);
-    multiply_add<Terms::kAll>(other_acc[n], other_left, b, 0);
-    multiply_add<Terms::kAll>(other_acc[n + 1], other_left, b, 1);
+    multiply_add(acc[n], left, b, 0);
+    multiply_add(acc[n + 1], left, b, 1);
+    multiply_add(other_acc[n], other_left, b, 0);
+    multiply_add(other_acc[n + 1], other_left, b, 1);
   }
 }
 
