@@ -16,6 +16,7 @@ namespace adasplash2::cpu::ADASPLASH2_ISA {
 
 // Of p and dS of a wave: enough entries to keep the threads busy, so few that they stay in the last level cache.
 constexpr int64_t kWaveBytesPerThread = int64_t{16} << 20, kMostWaveBytes = int64_t{64} << 20;
+constexpr int64_t kScatteredVectors = kVectorBytes == 64 ? 16 : 8;  // half of the registers
 constexpr int64_t kDenseParts = 16;  // tasks of the strips, at least, if the problem has as many row blocks
 
 // One row: weights and gradients on its support, or on a whole strip row (where prob 0 means outside).
@@ -591,18 +592,35 @@ class ListGradients {
     if (num_entries == 0) return;
     const int64_t panels = kEntriesAtOnce * num_segments * wave_.keys_per_range / num_entries / kPanelCols + 1;
     const int64_t range_begin = range * wave_.keys_per_range;
+    // Of a query and of a grad_out, where both are added and fit the registers together.
+    const bool adds_both = params_.grad_key.data != nullptr && params_.grad_value.data != nullptr &&
+                           key_dim == value_dim && 2 * key_dim <= kScatteredVectors * kLanes<Real>;
+    const int64_t num_vectors = adds_both ? key_dim / kLanes<Real> : 0;
     for (int64_t last_key = range_begin + wave_.keys_per_range; last_key > range_begin;) {
       const int64_t first_key = std::max(range_begin, last_key - panels * kPanelCols);
       for (int64_t s = 0; s < num_segments; ++s) {
         Segment<Real>& segment = segments[s];
+        const Element* query = view.query(segment.row);
+        const Element* grad_out = row_pointer<Element>(params_.grad_out, view.batch, view.head, segment.row);
         int64_t count = 0;
-        while (count < segment.size && segment.column[count] >= first_key) ++count;
-        if (params_.grad_key.data != nullptr) {
-          scatter_sum(view.query(segment.row), key_dim, segment.column, segment.grad_score, count, key_sums);
-        }
-        if (params_.grad_value.data != nullptr) {
-          scatter_sum(row_pointer<Element>(params_.grad_out, view.batch, view.head, segment.row), value_dim,
-                      segment.column, segment.prob, count, value_sums);
+        const auto add_both = [&](auto vectors) {
+          count = scatter_two_sums<vectors>(query, grad_out, segment.column, segment.grad_score, segment.prob,
+                                            segment.size, first_key, key_sums, value_sums);
+        };
+        if (num_vectors == 1) {
+          add_both(std::integral_constant<int, 1>());
+        } else if (num_vectors == 2) {
+          add_both(std::integral_constant<int, 2>());
+        } else if (num_vectors == 4) {
+          add_both(std::integral_constant<int, 4>());
+        } else if (num_vectors == 8) {
+          add_both(std::integral_constant<int, 8>());
+        } else {
+          while (count < segment.size && segment.column[count] >= first_key) ++count;
+          if (params_.grad_key.data != nullptr)
+            scatter_sum(query, key_dim, segment.column, segment.grad_score, count, key_sums);
+          if (params_.grad_value.data != nullptr)
+            scatter_sum(grad_out, value_dim, segment.column, segment.prob, count, value_sums);
         }
         if (context_.wants_mask() && params_.mask.stride_row == 0) {
           Real* grad_mask = context_.grad_mask_row(view, 0);

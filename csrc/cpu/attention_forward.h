@@ -144,6 +144,8 @@ constexpr float kStripDensity = 0.20f, kStripSupport = 256;
 constexpr int64_t kFirstEstimate = 4;  // panels scanned before the first estimate of that part; then 8, 16, ...
 constexpr int64_t kEstimatedRows = 8;  // every so many rows are asked
 constexpr int64_t kSampledCols = 256;  // of a strip row, for the first guess at its tau
+constexpr int64_t kSearchedCols =
+    8192;  // of the strip rows that look for their tau together: they stay in the L1 cache
 
 // ---- one task
 // ---------------------------------------------------------------------------------------------------------
@@ -490,9 +492,9 @@ class ForwardWorker {
     for (int64_t first = 0; first < block.num_rows; first += strip_.rows) {
       const int64_t last = std::min(block.num_rows, first + strip_.rows);
       score_strip(view, block, first, groups_.data(), packed_keys, strip_);
-      for (int64_t row = first; row < last; row += kSearchesAtOnce) {
-        solve_strip_rows(view, block, row, std::min(last, row + kSearchesAtOnce), strip_.row(row - first), num_cols,
-                         power);
+      const int64_t at_once = std::clamp<int64_t>(kSearchedCols / std::max<int64_t>(num_cols, 1), 1, kSearchesAtOnce);
+      for (int64_t row = first; row < last; row += at_once) {
+        solve_strip_rows(view, block, row, std::min(last, row + at_once), strip_.row(row - first), num_cols, power);
       }
       // Rows that fill up the last group have probabilities of no meaning; their output is not written.
       std::memset(strip_out_.reserve(strip_.rows * dim), 0, strip_.rows * dim * sizeof(Real));

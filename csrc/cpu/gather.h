@@ -97,6 +97,34 @@ ADASPLASH2_INLINE void scatter_sum(const Element* row, int64_t dim, const int32_
   });
 }
 
+// Two scatter_sum at a time, of rows of kVectors vectors, as long as column[j] >= first_column; returns how many j. One
+// loop, because its end is what costs: there are a few entries only, and nothing foretells how many.
+template <int kVectors, class Element>
+ADASPLASH2_INLINE int64_t scatter_two_sums(const Element* row0, const Element* row1, const int32_t* column,
+                                           const Accumulator<Element>* weight0, const Accumulator<Element>* weight1,
+                                           int64_t most, int64_t first_column, Accumulator<Element>* sums0,
+                                           Accumulator<Element>* sums1) {
+  using Real = Accumulator<Element>;
+  constexpr int64_t kDim = kVectors * kLanes<Real>;
+  Vector<Real> x0[kVectors], x1[kVectors];
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    x0[v] = load(row0 + v * kLanes<Real>);
+    x1[v] = load(row1 + v * kLanes<Real>);
+  }
+  int64_t j = 0;
+  for (; j < most && column[j] >= first_column; ++j) {
+    Real *sum0 = sums0 + column[j] * kDim, *sum1 = sums1 + column[j] * kDim;
+    const Vector<Real> w0 = broadcast(weight0[j]), w1 = broadcast(weight1[j]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      store(sum0 + v * kLanes<Real>, load(sum0 + v * kLanes<Real>) + w0 * x0[v]);
+      store(sum1 + v * kLanes<Real>, load(sum1 + v * kLanes<Real>) + w1 * x1[v]);
+    }
+  }
+  return j;
+}
+
 // Sums of kLanes vectors in one vector, by a tree of pairwise additions of neighbours.
 template <class Real, int kCount>
 ADASPLASH2_INLINE Vector<Real> sums_of(const Vector<Real>* x) {
