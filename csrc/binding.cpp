@@ -233,8 +233,6 @@ AttentionResult attention_autograd(const Tensor& query, const Tensor& key, const
     at::AutoDispatchBelowADInplaceOrView guard;
     return attention(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask);
   }
-  TORCH_CHECK_NOT_IMPLEMENTED(!query.is_cuda() || !needs_grad(attn_mask),
-                              "adasplash2.entmax_attention: the gradient of attn_mask is not built for CUDA");
   const auto results = AttentionFunction::apply(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale,
                                                 is_causal, want_block_mask);
   return {results[0], results[1], results[2], results[3]};

@@ -159,7 +159,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
     const OptionalTensor& attn_mask, const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads,
     const Tensor& tau, const Tensor& support_size, const Tensor& support, double alpha, double scale, bool is_causal,
     std::array<bool, 5> wanted) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!wanted[3], "adasplash2: the gradient of attn_mask is not built for CUDA");
   const c10::DeviceGuard guard(query.device());
   cuda::Backward call;
   AttentionProblem& problem = call.problem;
@@ -184,7 +183,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
   Tensor grad_key = gradient(wanted[1], key, problem.head_dim);
   Tensor grad_value = gradient(wanted[2], value, problem.value_head_dim);
   Tensor aligned_grad_out = padded_rows(grad_out.to(query.scalar_type()), cuda::kHeadDimMultiple);
-  const Tensor workspace = at::empty({cuda::backward_workspace_bytes(problem)}, query.options().dtype(at::kByte));
+  Tensor grad_mask = at::empty({0}, query.options().dtype(at::kFloat));
+  if (wanted[3]) {
+    // The kernels address it with the mask's own strides, so it is a mask of distinct, dense elements.
+    TORCH_CHECK(attn_mask && tensors.mask.scalar_type() != at::kBool,
+                "adasplash2: only a float attn_mask has a gradient");
+    tensors.mask = tensors.mask.contiguous();
+    problem.mask = mask_view(tensors.mask);
+    grad_mask = at::empty(tensors.mask.sizes(), grad_mask.options());
+    call.grad_mask = grad_mask.data_ptr<float>();
+  }
+  const Tensor workspace =
+      at::empty({cuda::backward_workspace_bytes(problem, wanted[3])}, query.options().dtype(at::kByte));
   call.tau = tau.const_data_ptr<float>();
   call.block_mask = layout.block_mask(support.data_ptr());
   call.gap_mean_v = layout.gap_mean_v(support.data_ptr(), problem);
@@ -207,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
     return is_wanted ? unpadded_rows(gradient, like.size(3)) : gradient;
   };
   return {unpadded(grad_query, query, wanted[0]), unpadded(grad_key, key, wanted[1]),
-          unpadded(grad_value, value, wanted[2]), at::empty({0}, query.options()), grad_alpha};
+          unpadded(grad_value, value, wanted[2]), grad_mask.to(query.scalar_type()), grad_alpha};
 }
 
 Tensor entmax_forward_cuda(const Tensor& x, double alpha, const OptionalTensor& alpha_slices, int64_t dim) {

@@ -212,6 +212,45 @@ def test_attn_mask(kind, mask_shape, head_dim):
 
 
 @only_sm80
+@pytest.mark.parametrize(
+    "mask_shape", [(2, 4, 70, 150), (70, 150), (2, 1, 1, 150), (150,), (4, 70, 1), (2, 1, 70, 150)]
+)
+@pytest.mark.parametrize("dtype, head_dim", [(BF16, 64), (BF16, 256), (FP32, 128)])
+def test_gradient_of_attn_mask(mask_shape, dtype, head_dim):
+    """Broadcast in every dimension; with masked keys, a masked tile, a row without keys, lengths, an alpha a head."""
+    shape = Shape(2, 4, 70, 150, head_dim, kv_heads=2)
+    mask = torch.randn(mask_shape).to(dtype)
+    mask[..., torch.rand(mask_shape[-1]) < 0.2] = -torch.inf
+    if mask_shape[-1] > 1:
+        mask[..., 64:128] = -torch.inf
+    if mask_shape[-2:-1] == (70,):
+        mask[..., :1, :] = -torch.inf
+    lengths = torch.tensor([150, 40]) if head_dim == 64 else None
+    alpha = torch.tensor([1.5, 1.3, 2.0, 1.7], dtype=torch.float64) if head_dim == 64 else 1.5
+    check_case("gaussian", shape, dtype, seed=3, attn_mask=mask.requires_grad_(), key_lengths=lengths, alpha=alpha)
+
+
+@only_sm80
+@pytest.mark.parametrize("mask_shape", [(1, 130, 200), (2, 1, 1, 200)])
+def test_gradient_of_attn_mask_is_deterministic(mask_shape):
+    """What shares an element is added up in one order, whatever the schedule; a row that is NaN adds nothing."""
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(2, 3, 130, 200), BF16)
+    query[:, :, 7], grad_out[:, :, 7] = torch.nan, torch.nan
+    mask = torch.randn(mask_shape).to(BF16).requires_grad_()
+    runs = [library.attention(query, key, value, attn_mask=mask, seed=seed) for seed in SEEDS]
+    grads = [torch.autograd.grad(out, mask, grad_out)[0] for out in runs]
+    assert grads[0].isfinite().all() and all(torch.equal(grad, grads[0]) for grad in grads)
+    rows = torch.arange(130) != 7
+    clean_mask = mask.detach()[..., rows, :] if mask.shape[-2] > 1 else mask.detach()
+    clean_mask.requires_grad_()
+    result = check(library.attention, query[:, :, rows], key, value, grad_out[:, :, rows], attn_mask=clean_mask)
+    clean = result.grads["attn_mask"]
+    torch.testing.assert_close(grads[0][..., rows, :] if mask.shape[-2] > 1 else grads[0], clean)
+    if mask.shape[-2] > 1:
+        assert not grads[0][:, 7].any()
+
+
+@only_sm80
 def test_attn_mask_of_any_strides():
     query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 2, 70, 90), BF16)
     mask = torch.randn(1, 2, 70, 90).to(BF16)

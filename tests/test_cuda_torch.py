@@ -129,6 +129,15 @@ def test_attn_mask(mask_shape, dtype):
 
 
 @on_gpu
+@pytest.mark.parametrize("mask_shape", [(2, 4, 130, 200), (130, 200), (2, 1, 1, 200), (4, 130, 1)])
+@pytest.mark.parametrize("layout", ["slice", "transposed"])
+def test_gradient_of_attn_mask(mask_shape, layout):
+    tensors = cases.inputs("gaussian", Shape(2, 4, 130, 200), BF16)
+    mask = cases.poisoned(torch.randn(mask_shape).to(BF16), layout).requires_grad_()
+    check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3], attn_mask=mask)
+
+
+@on_gpu
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales(scale):
     tensors = cases.inputs("gaussian", Shape(2, 2, 130, 200), BF16)
@@ -398,22 +407,6 @@ def test_entmax_opcheck():
 
 
 # ---------------------------------------------------------------------------------------------- what is not built
-
-
-@on_gpu
-@pytest.mark.parametrize(
-    "option, change",
-    [
-        ("gradient of attn_mask", {"attn_mask": torch.zeros(70, 90, dtype=BF16, requires_grad=True)}),
-    ],
-)
-def test_options_that_are_not_built(option, change):
-    inputs = gpu_inputs(Shape(1, 2, 70, 90))[:3]
-    options = {
-        n: t.detach().cuda().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for n, t in change.items()
-    }
-    with pytest.raises(NotImplementedError, match=option):
-        adasplash2.entmax_attention(*inputs, **options)
 
 
 @on_gpu

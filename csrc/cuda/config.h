@@ -123,6 +123,9 @@ struct GradQueryConfig {
   static constexpr int kSmemBytes = 2 * kQueryBytes + 2 * kKeyBytes;
 };
 
+// Rows of a block of the mask's gradient, whose tiles are those of GradQueryConfig.
+constexpr int kGradMaskRows = 64;
+
 // Backward, dk and dv: one block for 64 keys, over their live query blocks, in all heads of the group.
 template <int kHeadDim, bool kHasMask>
 struct GradKeyValueConfig {

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/config.h"
+#include "cuda/pass_params.h"
 #include "cuda/passes.h"
 #include "error.h"
 #include "math/block_mask.h"
@@ -150,9 +151,10 @@ int64_t forward_workspace_bytes(const AttentionProblem& problem) {
          tile_excess_bytes(problem);
 }
 
-int64_t backward_workspace_bytes(const AttentionProblem& problem) {
+int64_t backward_workspace_bytes(const AttentionProblem& problem, bool wants_grad_mask) {
   const int64_t row_bytes = align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
-  return row_bytes + align_up(column_mask_bytes(problem)) + (problem.alpha_heads == nullptr ? 0 : row_bytes);
+  return row_bytes + align_up(column_mask_bytes(problem)) + (problem.alpha_heads == nullptr ? 0 : row_bytes) +
+         (wants_grad_mask ? GradMaskWork(problem).slab_bytes() : 0);
 }
 
 void require_supported(const AttentionProblem& problem) {
@@ -253,6 +255,9 @@ void backward(const Backward& call) {
   require_aligned(call.grad_key, problem.dtype, "grad_key");
   require_aligned(call.grad_value, problem.dtype, "grad_value");
   require(call.grad_alpha == nullptr || problem.alpha_heads != nullptr, "only a tensor alpha has a gradient");
+  require(call.grad_mask == nullptr || (problem.mask.data != nullptr && problem.mask.dtype != DataType::kBool),
+          "only a float attn_mask has a gradient");
+  require(call.grad_mask == nullptr || problem.mask.stride_col <= 1, "an attn_mask with a gradient must be dense");
 
   uint8_t* bytes = static_cast<uint8_t*>(call.workspace);
   BackwardWorkspace workspace;
@@ -261,6 +266,8 @@ void backward(const Backward& call) {
   workspace.column_mask = reinterpret_cast<uint32_t*>(bytes);
   bytes += align_up(column_mask_bytes(problem));
   workspace.alpha_rows = reinterpret_cast<float*>(bytes);
+  if (problem.alpha_heads != nullptr) bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
+  workspace.mask_slabs = reinterpret_cast<float*>(bytes);
 
   const Passes passes = find_passes(problem, path_of(call));
   if (problem.num_queries > 0) {
@@ -271,6 +278,7 @@ void backward(const Backward& call) {
     passes.grad_key_value(call, workspace);
   }
   if (call.grad_alpha != nullptr) passes.grad_alpha(call, workspace);
+  if (call.grad_mask != nullptr) passes.grad_mask(call, workspace);
 }
 
 }  // namespace adasplash2::cuda

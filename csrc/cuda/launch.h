@@ -37,14 +37,15 @@ struct Backward {
   Rows grad_key;                         // (B, Hkv, Nk, D), data nullable
   Rows grad_value;                       // (B, Hkv, Nk, Dv), data nullable
   double* grad_alpha = nullptr;          // (B, H) contiguous, nullable; only where problem.alpha_heads is there
-  void* workspace = nullptr;             // backward_workspace_bytes(problem), 16-byte aligned
+  float* grad_mask = nullptr;            // nullable; only where problem.mask is dense floats, laid out like it
+  void* workspace = nullptr;             // backward_workspace_bytes(problem, ...), 16-byte aligned
   void* stream = nullptr;                // cudaStream_t
   Path path = Path::kAuto;
 };
 
 int64_t block_mask_bytes(const AttentionProblem& problem);
 int64_t forward_workspace_bytes(const AttentionProblem& problem);
-int64_t backward_workspace_bytes(const AttentionProblem& problem);
+int64_t backward_workspace_bytes(const AttentionProblem& problem, bool wants_grad_mask);
 
 // Rows must start on 16 bytes and their strides be multiples of 16 bytes; the caller copies others.
 bool is_aligned(const Rows& rows, DataType dtype);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda/config.h"
+#include "math/work_range.h"
 #include "params.h"
 
 namespace adasplash2::cuda {
@@ -44,6 +46,50 @@ struct GradAlphaParams {
   const uint32_t* block_mask;  // by rows
   Rows grad_out;
   float* row_grads;  // (B, H, Nq) contiguous
+};
+
+// How the gradient of attn_mask is cut into blocks: by rows and keys of the mask, and, where those are few, what adds
+// to each of them into slabs, to be added up afterwards. It depends on shapes and strides alone, as does the result
+// then.
+struct GradMaskWork {
+  int64_t num_elements;   // of the mask, which is dense
+  int row_blocks;         // of kGradMaskRows rows of the mask; 1 where all rows share one
+  int shared_row_blocks;  // that share a row of the mask, else 1
+  int shared_heads, shared_batches;
+  int num_slabs;  // 0 where all keys of a row share an element: those gradients add up to zero
+
+  explicit GradMaskWork(const AttentionProblem& problem) {
+    constexpr int64_t kEnoughBlocks = 1024;  // for any GPU
+    const Mask& mask = problem.mask;
+    const auto shared = [](int64_t stride, int64_t size) { return stride == 0 ? static_cast<int>(size) : 1; };
+    const int num_row_blocks = static_cast<int>(ceil_div<int64_t>(problem.num_queries, kGradMaskRows));
+    shared_batches = shared(mask.stride_batch, problem.batch);
+    shared_heads = shared(mask.stride_head, problem.num_heads);
+    shared_row_blocks = shared(mask.stride_row, num_row_blocks);
+    row_blocks = mask.stride_row == 0 ? 1 : num_row_blocks;
+    const int64_t num_heads = problem.batch / shared_batches * (problem.num_heads / shared_heads);
+    num_elements =
+        num_heads * (mask.stride_row == 0 ? 1 : problem.num_queries) * (mask.stride_col == 0 ? 1 : problem.num_keys);
+    const int64_t num_blocks = num_heads * row_blocks * ceil_div<int64_t>(problem.num_keys, kMaskKeys);
+    const int64_t most_slabs = num_blocks == 0 ? 1 : ceil_div(kEnoughBlocks, num_blocks);
+    num_slabs = mask.stride_col == 0 ? 0 : static_cast<int>(num_pairs() < most_slabs ? num_pairs() : most_slabs);
+  }
+
+  ADASPLASH2_HOST_DEVICE int64_t num_pairs() const {
+    return int64_t(shared_batches) * shared_heads * shared_row_blocks;
+  }
+  ADASPLASH2_HOST_DEVICE int64_t first_pair(int slab) const { return num_pairs() * slab / num_slabs; }
+  int64_t slab_bytes() const { return num_slabs > 1 ? num_slabs * num_elements * int64_t(sizeof(float)) : 0; }
+};
+
+struct GradMaskParams {
+  AttentionProblem problem;
+  const float* tau;            // (B, H, Nq) contiguous
+  const float* delta;          // (B, H, Nq) contiguous
+  const uint32_t* block_mask;  // by rows
+  Rows grad_out;
+  GradMaskWork work;
+  float* sums;  // (slabs, elements of the mask)
 };
 
 }  // namespace adasplash2::cuda

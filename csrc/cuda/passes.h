@@ -19,6 +19,7 @@ struct BackwardWorkspace {
   float* delta;           // (B, H, Nq)
   uint32_t* column_mask;  // the block mask by columns
   float* alpha_rows;      // (B, H, Nq), where alpha_heads is there
+  float* mask_slabs;      // (slabs, elements of the mask), where they are more than one
 };
 
 // On one stream, in the order of the members. The passes of two architectures leave the same things in the same places,
@@ -33,6 +34,7 @@ struct Passes {
   void (*grad_query)(const Backward&, const BackwardWorkspace&) = nullptr;
   void (*grad_key_value)(const Backward&, const BackwardWorkspace&) = nullptr;
   void (*grad_alpha)(const Backward&, const BackwardWorkspace&) = nullptr;
+  void (*grad_mask)(const Backward&, const BackwardWorkspace&) = nullptr;
 };
 
 namespace sm80 {

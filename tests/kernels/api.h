@@ -18,8 +18,8 @@ extern "C" int64_t block_mask_bytes(const AttentionProblem* problem) { return cu
 extern "C" int64_t forward_workspace_bytes(const AttentionProblem* problem) {
   return cuda::forward_workspace_bytes(*problem);
 }
-extern "C" int64_t backward_workspace_bytes(const AttentionProblem* problem) {
-  return cuda::backward_workspace_bytes(*problem);
+extern "C" int64_t backward_workspace_bytes(const AttentionProblem* problem, bool wants_grad_mask) {
+  return cuda::backward_workspace_bytes(*problem, wants_grad_mask);
 }
 
 extern "C" int taken_path(const cuda::Forward* call) { return static_cast<int>(cuda::path_of(*call)); }

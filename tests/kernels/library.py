@@ -72,7 +72,7 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = [("problem", Problem), ("tau", ctypes.c_void_p), ("block_mask", ctypes.c_void_p)]
     _fields_ += [(name, Rows) for name in ("gap_mean_v", "grad_out", "grad_query", "grad_key", "grad_value")]
-    _fields_ += [("grad_alpha", ctypes.c_void_p)]
+    _fields_ += [("grad_alpha", ctypes.c_void_p), ("grad_mask", ctypes.c_void_p)]
     _fields_ += [("workspace", ctypes.c_void_p), ("stream", ctypes.c_void_p), ("path", ctypes.c_int32)]
 
 
@@ -187,10 +187,10 @@ def _check_mirrors(library: ctypes.CDLL) -> None:
         assert function() == ctypes.sizeof(mirror), f"{name}: the mirror in Python is out of date"
 
 
-def _bytes(library: emulator.Library | GpuLibrary, name: str, problem: Problem) -> int:
+def _bytes(library: emulator.Library | GpuLibrary, name: str, problem: Problem, *arguments: bool) -> int:
     function = getattr(_functions(library), name)
     function.restype = ctypes.c_int64
-    return int(function(ctypes.byref(problem)))
+    return int(function(ctypes.byref(problem), *arguments))
 
 
 @dataclass
@@ -317,6 +317,7 @@ class Gradients:
     key: Tensor
     value: Tensor
     alpha: Tensor | None  # (B, H)
+    attn_mask: Tensor | None  # as it broadcasts, in 4 dimensions
     counters: dict[str, int]
 
 
@@ -332,40 +333,54 @@ def backward(
     grads = {
         f"grad_{name}": _empty_like_poison(inputs[name].shape, grad_out.dtype) for name in ("query", "key", "value")
     }
-    workspace = _empty_like_poison((_bytes(library, "backward_workspace_bytes", run.problem),), torch.int8)
+    wants_mask = "attn_mask" in wanted
+    workspace_bytes = _bytes(library, "backward_workspace_bytes", run.problem, wants_mask)
+    workspace = _empty_like_poison((workspace_bytes,), torch.int8)
+    grad_mask = _empty_like_poison(_four_dims(inputs["attn_mask"]).shape, torch.float32) if wants_mask else None
     grad_alpha = _empty_like_poison(inputs["alpha"].shape, torch.float64) if "alpha" in wanted else None
     call = Backward(
         run.problem, run.tau.data_ptr(), run.block_mask_words.data_ptr(), Rows.of(run.gap_mean_v), Rows.of(grad_out),
         *(Rows.of(grad if name.removeprefix("grad_") in wanted else None) for name, grad in grads.items()),
-        None if grad_alpha is None else grad_alpha.data_ptr(), workspace.data_ptr(),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (grad_alpha, grad_mask, workspace)),
         torch.cuda.current_stream().cuda_stream if has_gpu() else None, PATHS.index(path),
     )  # fmt: skip
     tensors = inputs | grads | {
         "grad_out": grad_out, "tau": run.tau, "block_mask": run.block_mask_words, "gap_mean_v": run.gap_mean_v,
         "workspace": workspace,
-    } | ({} if grad_alpha is None else {"grad_alpha": grad_alpha})  # fmt: skip
+    }  # fmt: skip
+    tensors |= {n: t for n, t in {"grad_alpha": grad_alpha, "grad_mask": grad_mask}.items() if t is not None}
     counters = library.call("attention_backward", ctypes.byref(call), seed=seed, tensors=tensors)
-    return Gradients(*grads.values(), grad_alpha, counters)
+    return Gradients(*grads.values(), grad_alpha, grad_mask, counters)
+
+
+def _four_dims(attn_mask: Tensor) -> Tensor:
+    return attn_mask[(None,) * (4 - attn_mask.dim())]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run_forward: Callable[..., Run], seed: int, alpha: Any, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, run_forward: Callable[..., Run], seed: int, alpha: Any, attn_mask: Any, *tensors: Tensor
+    ) -> Tensor:
         query, key, value = (tensor.detach().to(device()) for tensor in tensors)
         ctx.run, ctx.seed, ctx.device = run_forward(query, key, value), seed, tensors[0].device
-        ctx.alpha = alpha
+        ctx.alpha, ctx.attn_mask = alpha, attn_mask
         _Attention.latest = ctx.run
         return ctx.run.out.to(ctx.device)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ("query", "key", "value") + (("alpha",) if ctx.needs_input_grad[2] else ())
+        wanted = ("query", "key", "value") + ("alpha",) * ctx.needs_input_grad[2]
+        wanted += ("attn_mask",) * ctx.needs_input_grad[3]
         grads = backward(build(), ctx.run, grad_out.to(device()).contiguous(), ctx.seed, wanted)
         _Attention.latest_gradients = grads
-        grad_alpha = None
+        grad_alpha, grad_mask = None, None
         if grads.alpha is not None:
             grad_alpha = grads.alpha.sum_to_size(ctx.alpha.shape).to(ctx.device, ctx.alpha.dtype)
-        return (None, None, grad_alpha, *(grad.to(ctx.device) for grad in (grads.query, grads.key, grads.value)))
+        if grads.attn_mask is not None:
+            grad_mask = grads.attn_mask.view(ctx.attn_mask.shape).to(ctx.device, ctx.attn_mask.dtype)
+        named = (grads.query, grads.key, grads.value)
+        return (None, None, grad_alpha, grad_mask, *(grad.to(ctx.device) for grad in named))
 
     latest: Run
     latest_gradients: Gradients
@@ -383,7 +398,7 @@ def attention(
     """`adasplash2.entmax_attention` on the kernels. Inputs stay as they are: strides, slices, poison around them."""
     on_device = {name: t.detach().to(device()) if isinstance(t, Tensor) else t for name, t in options.items()}
     run_forward = functools.partial(forward, build(), seed=seed, **on_device)
-    out = _Attention.apply(run_forward, seed, options.get("alpha"), query, key, value)
+    out = _Attention.apply(run_forward, seed, options.get("alpha"), options.get("attn_mask"), query, key, value)
     if not return_aux:
         return out
     run = _Attention.latest

@@ -8,11 +8,13 @@
 
 #include "cuda/any_arch/delta.cuh"
 #include "cuda/any_arch/row_sum.cuh"
+#include "cuda/any_arch/slab_sum.cuh"
 #include "cuda/config.h"
 #include "cuda/launch_pass.cuh"
 #include "cuda/passes.h"
 #include "cuda/sm80/grad_alpha.cuh"
 #include "cuda/sm80/grad_key_value.cuh"
+#include "cuda/sm80/grad_mask.cuh"
 #include "cuda/sm80/grad_query.cuh"
 #include "cuda/sm80/output.cuh"
 #include "cuda/sm80/scan.cuh"
@@ -115,8 +117,31 @@ struct Instance {
                   RowSumParams{problem.num_queries, workspace.alpha_rows, call.grad_alpha});
   }
 
+  static void grad_mask(const Backward& call, const BackwardWorkspace& workspace) {
+    using Config = GradQueryConfig<kCols, true>;
+    const AttentionProblem& problem = call.problem;
+    const cudaStream_t stream = stream_of(call.stream);
+    const GradMaskWork work(problem);
+    if (work.num_elements == 0) return;
+    if (work.num_slabs > 0) {
+      const int64_t num_key_blocks = ceil_div<int64_t>(problem.num_keys, Config::kBlockN);
+      launch_kernel(grad_mask_kernel<Element, kHeadDim>,
+                    dim3(static_cast<unsigned>(work.num_slabs * work.row_blocks * num_key_blocks),
+                         static_cast<unsigned>(problem.num_heads / work.shared_heads),
+                         static_cast<unsigned>(problem.batch / work.shared_batches)),
+                    dim3(Config::kThreads), Config::kSmemBytes, stream,
+                    GradMaskParams{problem, call.tau, workspace.delta, call.block_mask, call.grad_out, work,
+                                   work.num_slabs == 1 ? call.grad_mask : workspace.mask_slabs});
+    }
+    if (work.num_slabs != 1) {
+      launch_kernel(slab_sum_kernel, dim3(static_cast<unsigned>(ceil_div<int64_t>(work.num_elements, kSlabSumThreads))),
+                    dim3(kSlabSumThreads), 0, stream,
+                    SlabSumParams{work.num_slabs, work.num_elements, workspace.mask_slabs, call.grad_mask});
+    }
+  }
+
   static constexpr Passes passes(DataType dtype) {
-    return {dtype, kHeadDim, nullptr, scan, output, delta, grad_query, grad_key_value, grad_alpha};
+    return {dtype, kHeadDim, nullptr, scan, output, delta, grad_query, grad_key_value, grad_alpha, grad_mask};
   }
 };
 
