@@ -24,9 +24,9 @@ void reset_epochs(int num_actors) {
 
 void ClockJoin::Side::add(const Knowledge& others, int actor, Epoch epoch) {
   if (sum.empty()) sum.assign(static_cast<size_t>(actor_count), 0);
-  if (others && others.get() != last_added) {
+  if (others && others != last_added) {
     raise_to(sum, *others);
-    last_added = others.get();
+    last_added = others;
   }
   sum[actor] = std::max(sum[actor], epoch);
   published = nullptr;

@@ -51,7 +51,7 @@ class ClockJoin {
  private:
   struct Side {
     std::vector<Epoch> sum;
-    const void* last_added = nullptr;  // threads that share their knowledge are added once
+    Knowledge last_added;  // threads that share their knowledge are added once; alive, so its address is its own
     Knowledge published;
     Knowledge merge_input, merge_result;  // the last merge: a warp's lanes ask for the same one
     void add(const Knowledge& others, int actor, Epoch epoch);
