@@ -203,9 +203,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dtype": ["bfloat16"],
         "causal": ["no", "yes"],
         "support": [100.0, DENSE],
-        "live": [0.1, 0.4, 0.5],
-        "heads": 16,
-        "rounds": 9,
+        "live": [0.05, 0.1, 0.2, 0.4, 0.6],
+        "tokens": 65536,
+        "rounds": 7,
     },
 }
 
@@ -222,6 +222,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--live", type=float, nargs="*", metavar="F", help="live-tile fractions: block-structured data")
     parser.add_argument("--batch", type=int)
+    parser.add_argument(
+        "--tokens", type=int, help="where no --batch is named: as many sequences as make so many tokens"
+    )
     parser.add_argument("--heads", type=int)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--passes", nargs="+", choices=PASSES)
@@ -232,7 +235,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--out", type=Path, default=timing.ROOT / "build" / "bench", help="folder to write to")
     parser.add_argument("--keep", action="store_true", help="write to bench/results (clean commit only)")
     preset = parser.parse_args(arguments).preset
-    parser.set_defaults(**{"live": [], "batch": 1, "heads": 8, "passes": list(PASSES), **PRESETS[preset]})
+    parser.set_defaults(**{"live": [], "tokens": 1, "heads": 8, "passes": list(PASSES), **PRESETS[preset]})
     return parser.parse_args(arguments)
 
 
@@ -256,7 +259,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     datas = [Data(support, None) for support in options.support]
     datas += [Data(support, live) for live in options.live for support in options.support if support != DENSE]
     shapes = [
-        Shape(options.batch, options.heads, length, head_dim, DTYPES[dtype], causal == "yes")
+        Shape(
+            options.batch or max(1, options.tokens // length),
+            options.heads,
+            length,
+            head_dim,
+            DTYPES[dtype],
+            causal == "yes",
+        )
         for dtype, head_dim, causal, length in itertools.product(
             options.dtype, options.head_dim, options.causal, sorted(options.length)
         )

@@ -11,6 +11,7 @@ support, and carries the support size and the live-tile fraction that it really 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -81,11 +82,9 @@ class Inputs:
 
 def make_inputs(shape: Shape, data: Data, device: str, seed: int = 0) -> Inputs:
     """Draws the case on the CPU, so that it is the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    size = (shape.batch, shape.num_heads, shape.length, shape.head_dim)
-    query, key, value, grad_out = (torch.randn(size, generator=generator) for _ in range(4))
+    query, key, value, grad_out = _gaussian((shape.batch, shape.num_heads, shape.length, shape.head_dim), seed)
     if data.live_tiles is not None:
-        query, key = _give_topics(query, key, data.live_tiles, generator)
+        query, key = _give_topics(query, key, data.live_tiles, torch.Generator().manual_seed(seed))
     scale = _find_scale(query, key, shape.is_causal, data.live_tiles is not None, _wanted_support(shape, data))
     query = _scaled(query, scale, data.live_tiles is not None)
 
@@ -105,6 +104,13 @@ def make_inputs(shape: Shape, data: Data, device: str, seed: int = 0) -> Inputs:
         aux.live_tile_fraction.mean().item(),
         is_sampled,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _gaussian(size: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
+    """Four tensors; the cases of a shape share them."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(size, generator=generator) for _ in range(4))
 
 
 def _wanted_support(shape: Shape, data: Data) -> float:

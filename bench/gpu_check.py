@@ -27,10 +27,10 @@ OUR_KERNELS = "adasplash2"  # the namespace, hence a part of every kernel's name
 SELFTEST = "tests/simt/ptx_selftest.cu"
 BENCH = f"{PYTHON} -m bench.attention --device cuda --preset gpu"
 # One small case of every pass and of no round length: the sanitizers slow a kernel down a hundredfold.
-SMALL_CASE = f"{BENCH} --length 300 --head-dim 64 --heads 2 --live --support 30 --rounds 1 --peers adasplash2"
+SMALL_CASE = f"{BENCH} --batch 1 --length 300 --head-dim 64 --heads 2 --live --support 30 --rounds 1 --peers adasplash2"
 PROFILED_CASE = (
-    f"{BENCH} --length 16384 --head-dim 128 --causal no --support 100 --live 0.1 --passes training --rounds 1 "
-    "--peers adasplash2"
+    f"{BENCH} --batch 1 --length 16384 --head-dim 128 --causal no --support 100 --live 0.1 --passes training "
+    "--rounds 1 --peers adasplash2"
 )
 
 
