@@ -31,7 +31,7 @@ def _attention_forward_fake(
     alpha: float,
     scale: float,
     is_causal: bool,
-    want_block_mask: bool,
+    want_aux: bool,
     want_support: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, num_heads, num_queries, _ = query.shape
@@ -42,8 +42,8 @@ def _attention_forward_fake(
     return (
         query.new_empty((*rows, value.shape[3])),
         query.new_empty(rows, dtype=_accumulation_dtype(query.dtype)),
-        query.new_empty(rows, dtype=torch.int32),
-        query.new_empty(tiles if want_block_mask else (0,), dtype=torch.uint8),
+        query.new_empty(rows if want_aux or query.device.type != "cuda" else (0,), dtype=torch.int32),
+        query.new_empty(tiles if want_aux else (0,), dtype=torch.uint8),
         query.new_empty((support_bytes,), dtype=torch.uint8),
     )
 
@@ -80,10 +80,10 @@ def _attention_fake(
     alpha: float,
     scale: float,
     is_causal: bool,
-    want_block_mask: bool,
+    want_aux: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _attention_forward_fake(
-        query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask, False
+        query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_aux, False
     )[:4]
 
 

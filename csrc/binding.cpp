@@ -53,7 +53,7 @@ at::ScalarType accumulation_type(const Tensor& tensor) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
-    bool want_block_mask, bool want_support) {
+    bool want_aux, bool want_support) {
   AttentionForward params;
   ProblemTensors tensors;
   fill_problem(params, tensors, query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal,
@@ -65,15 +65,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
   const Tensor support_size = at::empty(rows_shape, query.options().dtype(at::kInt));
   const auto num_tiles = [](int64_t n) { return (n + 63) / 64; };
   const Tensor block_mask =
-      want_block_mask
-          ? at::zeros({params.batch, params.num_heads, num_tiles(params.num_queries), num_tiles(params.num_keys)},
-                      query.options().dtype(at::kByte))
-          : at::empty({0}, query.options().dtype(at::kByte));
+      want_aux ? at::zeros({params.batch, params.num_heads, num_tiles(params.num_queries), num_tiles(params.num_keys)},
+                           query.options().dtype(at::kByte))
+               : at::empty({0}, query.options().dtype(at::kByte));
   const Tensor support = lazily_committed(want_support ? cpu::support_bytes(params) : 0);
   params.out = rows(out);
   params.tau = tau.data_ptr();
   params.support_size = support_size.data_ptr<int32_t>();
-  params.block_mask = want_block_mask ? block_mask.data_ptr<uint8_t>() : nullptr;
+  params.block_mask = want_aux ? block_mask.data_ptr<uint8_t>() : nullptr;
   params.support = want_support ? support.data_ptr() : nullptr;
   cpu::attention_forward(params, torch_threads());
   return {unpadded_rows(out, value.size(3)), tau, support_size, block_mask, support};
@@ -139,11 +138,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
-    bool want_block_mask, bool want_support) {
+    bool want_aux, bool want_support) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("adasplash2::attention_forward", "")
                              .typed<decltype(attention_forward)>();
-  return op.call(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask,
+  return op.call(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_aux,
                  want_support);
 }
 
@@ -163,10 +162,10 @@ using AttentionResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 AttentionResult attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
                           const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, double alpha,
-                          double scale, bool is_causal, bool want_block_mask) {
+                          double scale, bool is_causal, bool want_aux) {
   auto [out, tau, support_size, block_mask, support] =
-      attention_forward(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal,
-                        want_block_mask, /*want_support=*/false);
+      attention_forward(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_aux,
+                        /*want_support=*/false);
   return {out, tau, support_size, block_mask};
 }
 
@@ -176,11 +175,11 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& query,
                                                 const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
                                                 const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads,
-                                                double alpha, double scale, bool is_causal, bool want_block_mask) {
+                                                double alpha, double scale, bool is_causal, bool want_aux) {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [out, tau, support_size, block_mask, support] =
-        attention_forward(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal,
-                          want_block_mask, /*want_support=*/true);
+        attention_forward(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_aux,
+                          /*want_support=*/true);
     ctx->save_for_backward({query, key, value, attn_mask.value_or(Tensor()), key_lengths.value_or(Tensor()),
                             alpha_heads.value_or(Tensor()), tau, support_size, support});
     ctx->saved_data["alpha"] = alpha;
@@ -222,7 +221,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
 AttentionResult attention_autograd(const Tensor& query, const Tensor& key, const Tensor& value,
                                    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                                    const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
-                                   bool want_block_mask) {
+                                   bool want_aux) {
   for (const Tensor* tensor : {&query, &key, &value}) {
     TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(/*level=*/0).defined(),
                                 "adasplash2.entmax_attention: forward-mode automatic differentiation is not built");
@@ -231,10 +230,10 @@ AttentionResult attention_autograd(const Tensor& query, const Tensor& key, const
   if (!at::GradMode::is_enabled() || !(query.requires_grad() || key.requires_grad() || value.requires_grad() ||
                                        needs_grad(attn_mask) || needs_grad(alpha_heads))) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return attention(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask);
+    return attention(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_aux);
   }
   const auto results = AttentionFunction::apply(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale,
-                                                is_causal, want_block_mask);
+                                                is_causal, want_aux);
   return {results[0], results[1], results[2], results[3]};
 }
 
@@ -242,14 +241,14 @@ template <c10::DeviceType device, c10::DispatchKey autocast_key>
 AttentionResult attention_autocast(const Tensor& query, const Tensor& key, const Tensor& value,
                                    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                                    const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
-                                   bool want_block_mask) {
+                                   bool want_aux) {
   c10::impl::ExcludeDispatchKeyGuard guard(autocast_key);
   const auto dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const Tensor& tensor) { return at::autocast::cached_cast(dtype, tensor, device); };
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("adasplash2::attention", "").typed<decltype(attention)>();
   return op.call(cast(query), cast(key), cast(value), attn_mask ? OptionalTensor(cast(*attn_mask)) : attn_mask,
-                 key_lengths, alpha_heads, alpha, scale, is_causal, want_block_mask);
+                 key_lengths, alpha_heads, alpha, scale, is_causal, want_aux);
 }
 
 // setup.py says why a build has no CUDA kernels; binding_cuda.cpp holds their entry points otherwise.
@@ -272,12 +271,12 @@ std::vector<std::string> cuda_paths() { return cuda::built_paths(); }
 TORCH_LIBRARY(adasplash2, m) {
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, Tensor? alpha_heads, "
-      "float alpha, float scale, bool is_causal, bool want_block_mask) -> (Tensor out, Tensor tau, Tensor "
+      "float alpha, float scale, bool is_causal, bool want_aux) -> (Tensor out, Tensor tau, Tensor "
       "support_size, "
       "Tensor block_mask)");
   m.def(
       "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? key_lengths, "
-      "Tensor? alpha_heads, float alpha, float scale, bool is_causal, bool want_block_mask, bool want_support) -> "
+      "Tensor? alpha_heads, float alpha, float scale, bool is_causal, bool want_aux, bool want_support) -> "
       "(Tensor out, Tensor tau, Tensor support_size, Tensor block_mask, Tensor support)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "

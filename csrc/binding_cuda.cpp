@@ -111,7 +111,7 @@ Tensor public_block_mask(const AttentionProblem& problem, const ProblemTensors& 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cuda(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& attn_mask,
     const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
-    bool want_block_mask, bool want_support) {
+    bool want_aux, bool want_support) {
   const c10::DeviceGuard guard(query.device());
   cuda::Forward call;
   AttentionProblem& problem = call.problem;
@@ -126,7 +126,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cuda(
   const Tensor out =
       at::empty({problem.batch, problem.num_heads, problem.num_queries, problem.value_head_dim}, query.options());
   const Tensor tau = at::empty(rows_shape, query.options().dtype(at::kFloat));
-  const Tensor support_size = at::empty(rows_shape, query.options().dtype(at::kInt));
+  // Counted where it is asked for: the backward pass does without.
+  const auto counts = query.options().dtype(at::kInt);
+  const Tensor support_size = want_aux ? at::empty(rows_shape, counts) : at::empty({0}, counts);
   const Tensor workspace = at::empty({cuda::forward_workspace_bytes(problem)}, bytes);
   const cuda::SupportLayout layout(problem);
   const Tensor support = at::empty({want_support ? layout.bytes : 0}, bytes);
@@ -135,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cuda(
   call.out = rows(out);
   if (want_support) call.gap_mean_v = layout.gap_mean_v(support.data_ptr(), problem);
   call.tau = tau.data_ptr<float>();
-  call.support_size = support_size.data_ptr<int32_t>();
+  if (want_aux) call.support_size = support_size.data_ptr<int32_t>();
   call.block_mask = layout.block_mask(mask_bytes.data_ptr());
   call.workspace = workspace.data_ptr();
   call.stream = current_stream(query);
@@ -145,7 +147,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cuda(
   });
 
   Tensor block_mask = at::empty({0}, bytes);
-  if (want_block_mask) {
+  if (want_aux) {
     const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
     const Tensor words =
         mask_bytes.view(at::kInt).view({problem.batch, problem.num_heads, shape.num_row_groups, shape.key_words()});

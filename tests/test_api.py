@@ -34,14 +34,14 @@ def sample(name: str) -> dict[str, object]:
         "alpha": 1.5,
         "scale": 0.2,
         "is_causal": False,
-        "want_block_mask": False,
+        "want_aux": False,
     }
     return (
         plain
         | {
             "plain": {},
             "long": {},
-            "causal": {"is_causal": True, "want_block_mask": True},
+            "causal": {"is_causal": True, "want_aux": True},
             "bool_mask": {"attn_mask": torch.rand(2, 1, 65, 97) < 0.5, "alpha": 2.0},
             "float_mask": {"attn_mask": torch.randn(1, 4, 1, 97, requires_grad=True)},
             "alpha_heads": {"alpha_heads": torch.full((2, 4), 1.3, dtype=torch.float64, requires_grad=True)},

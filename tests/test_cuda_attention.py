@@ -6,6 +6,7 @@ They run in the emulator with every memory access checked, or on a GPU where the
 from __future__ import annotations
 
 import functools
+import math
 
 import cases
 import pytest
@@ -13,7 +14,7 @@ import torch
 from cases import Shape
 from kernels import library
 from simt.emulator import SEEDS
-from tolerance import check
+from tolerance import Result, assert_result, check, expect
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LENGTHS = (1, 63, 64, 65, 127, 200, 257, 515)
@@ -307,6 +308,20 @@ def test_padding_never_reaches_gradients():
     for name in ("query", "key", "value"):
         clean, ours = (getattr(result, name) for result in results)
         assert clean.isfinite().all() and torch.equal(ours, clean)
+
+
+@pytest.mark.parametrize("head_dim", [40, 128])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("name", ["gaussian", "dense", "border", "one_hot", "tied"])
+def test_out_alone(name, dtype, head_dim):
+    """What inference asks for: neither gap_mean_v nor support_size. tau may then be as rough as out allows."""
+    query, key, value, _ = cases.inputs(name, Shape(1, 2, 130, 150, head_dim), dtype, seed=4)
+    query[0, 1, 7, 3] = math.nan
+    inputs = (tensor.to(library.device()) for tensor in (query, key, value))
+    run = library.forward(library.build(), *inputs, is_causal=True, out_alone=True)
+    assert run.gap_mean_v.isnan().all()
+    expected = expect(query, key, value, is_causal=True)
+    assert_result(Result(run.out.cpu(), expected.oracle.aux._replace(tau=expected.oracle.aux.tau.float())), expected)
 
 
 @only_sm80

@@ -102,7 +102,7 @@ def test_error_of_the_tangents(num_keys, factor):
     tau, tau_lower = exact_tau(query, key, value, 1.5), run.tau_lower.cpu().double()
     gap = (exact_z(query, key, 1.5) - tau_lower.unsqueeze(-1)).clamp(min=0)
     shift = (tau - tau_lower) * (gap > 0).sum(-1) / gap.sum(-1)
-    assert shift.mean() <= 0.2 and shift.max() <= 0.8
+    assert shift.mean() <= 0.22 and shift.max() <= 0.8
     assert run.is_coarse.all()
     assert (run.tau.cpu() - tau).abs().max() <= 1e-5
 

@@ -242,13 +242,14 @@ def test_unmasked_tiles(num_queries, masking, lengths):
 
 
 @on_gpu
+@pytest.mark.parametrize("want_aux", [False, True])
 @pytest.mark.parametrize("want_support", [False, True])
 @pytest.mark.parametrize("value_head_dim", [64, 59])
-def test_opcheck(want_support, value_head_dim):
+def test_opcheck(want_aux, want_support, value_head_dim):
     query, key, value, grad_out = (t.detach() for t in gpu_inputs(Shape(2, 2, 65, 97, value_head_dim=value_head_dim)))
     inputs = (query, key, value, None, None, None)
     numbers = (1.5, 0.125, True)
-    forward = (*inputs, *numbers, True, want_support)
+    forward = (*inputs, *numbers, want_aux, want_support)
     torch.library.opcheck(torch.ops.adasplash2.attention_forward.default, forward)
     if want_support:
         _, tau, support_size, _, support = torch.ops.adasplash2.attention_forward(*forward)

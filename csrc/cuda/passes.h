@@ -12,7 +12,7 @@ struct ForwardWorkspace {
   float* tau_lower;       // (B, H, Nq)
   uint32_t* scan_mask;    // as the block mask
   uint16_t* tile_excess;  // (B, H, row groups, key tiles), the scan's own
-  uint8_t* is_coarse;     // (B, H, Nq)
+  uint8_t* is_coarse;     // (B, H, Nq), how much: see encode_start()
 };
 
 struct BackwardWorkspace {

@@ -1,6 +1,7 @@
 // The device's view of params.h: one head's pointers, its range of work and its numbers.
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
@@ -47,6 +48,11 @@ __device__ __forceinline__ float score_to_z(const AttentionProblem& problem, flo
 // The maths of scores whose inputs are Element.
 template <typename Element, AlphaKind kKind>
 using EntmaxOf = Entmax<kKind, std::conditional_t<std::is_same_v<Element, float>, PrecisePower<float>, FastPower>>;
+
+// What tau may be off where pass B takes its sums, in units of the mean gap: little beside the rounding of the
+// gradients, which feel it to first order by way of gap_mean_v.
+template <typename Element>
+constexpr float kLargestTauError = std::is_same_v<Element, __half> ? 0x1p-11f : 0x1p-9f;
 
 // Index of a row in a contiguous (B, H, Nq) tensor.
 __device__ __forceinline__ int64_t row_index(const AttentionProblem& problem, int batch, int head, int row) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "math/host_device.h"
 
@@ -89,14 +90,15 @@ struct Entmax {
     return (sums.prob - Power::of(sums.prob, 2 - alpha)) / sums.weight;
   }
 
-  // The last step. Exact for alpha = 1.5 and 2 if no key leaves the support on the way; if some do, tau ends a hair
-  // above the root, so this is never a bound. Not negative: the mask taken at the old tau must cover the new support.
+  // The last step. Exact for alpha = 1.5 and 2 if no key leaves the support on the way, or joins it; if some do, tau
+  // ends a hair off the root, so this is never a bound. Negative at alpha = 1.5 and in 16 bits alone: see refine().
   ADASPLASH2_HOST_DEVICE Real last_step(const RowSumsOf<Real>& sums) const {
     if constexpr (kKind == AlphaKind::kOneAndHalf) {
       // n d^2 - 2 g d + (f - 1) = 0, the smaller root in the form that does not cancel.
       const Real excess = sums.prob - 1;
       const Real discriminant = std::fmax(sums.weight * sums.weight - sums.count * excess, Real(0));
-      return std::fmax(excess / (sums.weight + std::sqrt(discriminant)), Real(0));
+      const Real step = excess / (sums.weight + std::sqrt(discriminant));
+      return std::is_same_v<Power, FastPower> ? step : std::fmax(step, Real(0));
     }
     return std::fmax(newton_step(sums), Real(0));
   }

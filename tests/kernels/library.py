@@ -255,8 +255,10 @@ def forward(
     key_lengths: Tensor | None = None,
     attn_mask: Tensor | None = None,
     seed: int = 0,
+    out_alone: bool = False,
 ) -> Run:
-    """(B, H, N, D) tensors whose rows are 16-byte aligned. All outputs start as NaN."""
+    """(B, H, N, D) tensors whose rows are 16-byte aligned. All outputs start as NaN; where out alone is asked for,
+    gap_mean_v and support_size stay so."""
     batch, heads, num_queries, head_dim = query.shape
     _, kv_heads, num_keys, value_head_dim = value.shape
     problem = Problem(
@@ -297,8 +299,9 @@ def forward(
         block_mask_words=words,
         workspace=workspace,
     )
+    gap_mean_v, support_size = (None, None) if out_alone else (run.gap_mean_v, run.support_size.data_ptr())
     call = Forward(
-        problem, Rows.of(run.out), Rows.of(run.gap_mean_v), run.tau.data_ptr(), run.support_size.data_ptr(),
+        problem, Rows.of(run.out), Rows.of(gap_mean_v), run.tau.data_ptr(), support_size,
         words.data_ptr(), workspace.data_ptr(), torch.cuda.current_stream().cuda_stream if has_gpu() else None,
         PATHS.index(path),
     )  # fmt: skip

@@ -278,11 +278,18 @@ void test_mma_rounding() {
 __global__ void convert_kernel(const float* in, int size, uint32_t* out) {
   if (threadIdx.x >= size) return;
   const float value = in[threadIdx.x];
-  uint32_t* row = out + 4 * threadIdx.x;
+  uint32_t* row = out + 7 * threadIdx.x;
   row[0] = ptx::pack_bf16(value, -2.0f);
   row[1] = ptx::pack_f16(-2.0f, value);
   row[2] = ptx::to_tf32(value);
   row[3] = __float_as_uint(__bfloat162float(__float2bfloat16(value)) + __half2float(__float2half(1.5f)));
+  row[4] = ptx::pack_f16_relu(-2.0f, value);
+  // The square of 1 + 2^-10 is 1 + 2^-9 + 2^-20, and 2^-11 is half a unit in the last place.
+  const __half2 near_one = __floats2half2_rn(0x1.004p0f, -0x1.004p0f), small = __floats2half2_rn(0x1p-11f, 0.0f);
+  const float2 fused = __half22float2(__hfma2(near_one, near_one, small));
+  const float2 sum = __half22float2(__hadd2(near_one, small));
+  row[5] = __float_as_uint(fused.x + fused.y);
+  row[6] = __float_as_uint(sum.x + sum.y);
 }
 
 void test_conversions() {
@@ -309,21 +316,27 @@ void test_conversions() {
   std::vector<float> in;
   for (const Case& each : cases) in.push_back(each.value);
   Buffer<float> g_in(in);
-  Buffer<uint32_t> out(std::vector<uint32_t>(4 * cases.size()));
+  Buffer<uint32_t> out(std::vector<uint32_t>(7 * cases.size()));
   launch_kernel(convert_kernel, dim3(1), dim3(32), 0, nullptr, g_in.data(), static_cast<int>(in.size()), out.data());
   const auto got = out.values();
-  bool is_bf16 = true, is_f16 = true, is_tf32 = true, is_intrinsic = true;
+  bool is_bf16 = true, is_f16 = true, is_relu = true, is_tf32 = true, is_intrinsic = true, is_half2 = true;
   for (size_t i = 0; i < cases.size(); ++i) {
-    is_bf16 &= got[4 * i] == (cases[i].bf16 | 0xc000u << 16);
-    is_f16 &= got[4 * i + 1] == (cases[i].f16 << 16 | 0xc000u);
-    is_tf32 &= got[4 * i + 2] == cases[i].tf32;
+    is_bf16 &= got[7 * i] == (cases[i].bf16 | 0xc000u << 16);
+    is_f16 &= got[7 * i + 1] == (cases[i].f16 << 16 | 0xc000u);
+    is_tf32 &= got[7 * i + 2] == cases[i].tf32;
     const float sum = from_bits(cases[i].bf16 << 16) + 1.5f;
-    is_intrinsic &= std::memcmp(&sum, &got[4 * i + 3], sizeof sum) == 0;
+    is_relu &= got[7 * i + 4] == (cases[i].f16 >= 0x8000 ? 0 : cases[i].f16 << 16);
+    // The fused one rounds once, up from just above its tie.
+    is_half2 &=
+        from_bits(got[7 * i + 5]) == 0x1.00cp0f + 0x1.008p0f && from_bits(got[7 * i + 6]) == 0x1.008p0f - 0x1.004p0f;
+    is_intrinsic &= std::memcmp(&sum, &got[7 * i + 3], sizeof sum) == 0;
   }
   report("pack_bf16", is_bf16);
   report("pack_f16", is_f16);
+  report("pack_f16_relu", is_relu);
   report("to_tf32", is_tf32);
   report("bf16 and half intrinsics", is_intrinsic);
+  report("half2 intrinsics", is_half2);
 }
 
 // ---- warp intrinsics ----

@@ -59,6 +59,7 @@ PROBE_MMA(mma_m16n8k8_tf32)
 
 PROBE probe_pack_bf16(float a, float b, uint32_t* out) { out[0] = ptx::pack_bf16(a, b); }
 PROBE probe_pack_f16(float a, float b, uint32_t* out) { out[0] = ptx::pack_f16(a, b); }
+PROBE probe_pack_f16_relu(float a, float b, uint32_t* out) { out[0] = ptx::pack_f16_relu(a, b); }
 PROBE probe_to_tf32(float a, uint32_t* out) { out[0] = ptx::to_tf32(a); }
 PROBE probe_max_nan(float a, float b, float* out) { out[0] = ptx::max_nan(a, b); }
 PROBE probe_barrier_sync() { ptx::barrier_sync<1, 64>(); }

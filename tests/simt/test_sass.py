@@ -31,6 +31,7 @@ AMPERE = {
     "mma_m16n8k8_tf32": r"HMMA\.1688\.F32\.TF32",
     "pack_bf16": r"F2FP\.BF16\.",
     "pack_f16": r"F2FP\.(F16\.F32\.)?PACK_AB",
+    "pack_f16_relu": r"F2FP\.(F16\.F32\.)?RELU",
     "to_tf32": r"LOP3\.LUT \w+, \w+, 0xffffe000",  # rounding to tf32 has no instruction of its own
     "max_nan": r"FMNMX\.NAN",
     "barrier_sync": r"BAR\.SYNC\S* 0x1, 0x40",

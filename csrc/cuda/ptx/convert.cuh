@@ -25,6 +25,13 @@ static __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   return packed;
 }
 
+// Of the larger of each number and zero; NaN stays NaN.
+static __device__ __forceinline__ uint32_t pack_f16_relu(float low, float high) {
+  uint32_t packed;
+  PTX("cvt.rn.relu.f16x2.f32 %0, %1, %2;", (PTX_OUT_R(packed)), (PTX_IN_F(high), PTX_IN_F(low)));
+  return packed;
+}
+
 template <typename Element>
 static __device__ __forceinline__ uint32_t pack(float low, float high) {
   static_assert(std::is_same_v<Element, __nv_bfloat16> || std::is_same_v<Element, __half>, "16-bit elements only");

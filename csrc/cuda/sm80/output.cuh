@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
     bool goes_on = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      goes_on |= refine(entmax, row_sums(sums, half), rows.tau[half]);
+      goes_on |= refine(entmax, row_sums(sums, half), rows.tau[half], kLargestTauError<Element>);
     }
     goes_on = __any_sync(kAllLanes, goes_on);
     if (lane == 0) s_flags[warp] = goes_on;

@@ -10,6 +10,7 @@ constexpr int kWarpgroupWarps = 4;
 constexpr int kRowsPerConsumer = 64;  // the M of wgmma
 
 constexpr int kSmemPerBlock = 232448;  // 227 KB, the most that a block of an H100 can have
+constexpr int kSmemPerSm = 233472;     // 1 KB of it goes with each block
 
 // A producer warpgroup and two consumers: 40 * 128 + 232 * 256 registers are the 168 * 384 that the block starts with.
 constexpr int kProducerRegisters = 40;
@@ -18,6 +19,20 @@ constexpr int kConsumerRegisters = 232;
 // Stages of a ring of key and value tiles: as many as shared memory holds beside the rows of a block.
 template <int kHeadDim>
 constexpr int kKeyStages = kHeadDim <= 64 ? 8 : 4;
+
+// Between passes A and B, where rows are coarse: two blocks an SM, as each consumer waits for its product.
+template <int kHeadDim>
+struct RefineConfig {
+  static constexpr int kConsumers = 2;
+  static constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kBlockM = kConsumers * kRowsPerConsumer;
+  static constexpr int kBlockN = kMaskKeys;
+  static constexpr int kStages = kKeyStages<kHeadDim>;
+  // 24 * 128 + 104 * 256 of the 80 * 384 that the block starts with
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 104;
+};
 
 // Pass B.
 template <int kHeadDim>

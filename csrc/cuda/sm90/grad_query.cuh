@@ -47,7 +47,7 @@ template <int kHeadDim>
 struct GradQuerySmem {
   using Config = GradQueryConfig<kHeadDim>;
   using RowTile = SmemTile<Config::kBlockM, kHeadDim>;
-  using Tiles = KeyValueRing<Config::kStages, Config::kConsumers, kHeadDim>;
+  using Tiles = LiveTileRing<Config::kStages, Config::kConsumers, kHeadDim>;
 
   static constexpr int kQuery = 0;  // each warp's 16 rows become its rows of grad_query
   static constexpr int kGradOut = kQuery + RowTile::kBytes;

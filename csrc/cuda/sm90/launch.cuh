@@ -10,6 +10,7 @@
 #include "cuda/sm90/grad_key_value.cuh"
 #include "cuda/sm90/grad_query.cuh"
 #include "cuda/sm90/output.cuh"
+#include "cuda/sm90/refine.cuh"
 #include "cuda/sm90/scan.cuh"
 #include "cuda/sm90/tensor_maps.cuh"
 #include "math/work_range.h"
@@ -42,14 +43,39 @@ struct Instance {
     });
   }
 
+  static void refine(const Forward& call, const ForwardWorkspace& workspace) {
+    using Config = RefineConfig<kHeadDim>;
+    const AttentionProblem& problem = call.problem;
+    const RefineParams params{problem,
+                              workspace.tau_lower,
+                              workspace.is_coarse,
+                              workspace.scan_mask,
+                              call.tau,
+                              query_rows_map(problem, problem.query, problem.head_dim, kRowsPerConsumer),
+                              key_rows_map(problem, problem.key, problem.head_dim, Config::kBlockN)};
+    for_alpha_kind(problem, [&](auto kind) {
+      launch_kernel(refine_kernel<Element, kHeadDim, kind()>,
+                    grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
+                    dim3(Config::kThreads), RefineSmem<kHeadDim>::kBytes, stream_of(call.stream), params);
+    });
+  }
+
   static void output(const Forward& call, const ForwardWorkspace& workspace) {
     using Config = OutputConfig<kHeadDim>;
-    for_alpha_kind(call.problem, [&](auto kind) {
-      launch_kernel(
-          output_kernel<Element, kHeadDim, kind()>,
-          grid_of(call.problem, ceil_div<int64_t>(call.problem.num_queries, Config::kBlockM), call.problem.num_heads),
-          dim3(Config::kThreads), OutputSmem<kHeadDim>::kBytes, stream_of(call.stream),
-          with_tensor_maps<kHeadDim>(output_params(call, workspace)));
+    const AttentionProblem& problem = call.problem;
+    refine(call, workspace);
+    const bool wants_weights = call.gap_mean_v.data != nullptr || call.support_size != nullptr;
+    const auto launch = [&](auto kernel) {
+      launch_kernel(kernel,
+                    grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
+                    dim3(Config::kThreads), OutputSmem<kHeadDim>::kBytes, stream_of(call.stream),
+                    with_tensor_maps<kHeadDim>(output_params(call, workspace)));
+    };
+    for_alpha_kind(problem, [&](auto kind) {
+      if constexpr (kind() == AlphaKind::kOneAndHalf) {
+        if (!wants_weights) return launch(output_kernel<Element, kHeadDim, kind(), false>);
+      }
+      launch(output_kernel<Element, kHeadDim, kind(), true>);
     });
   }
 

@@ -68,13 +68,16 @@ __device__ __forceinline__ void clear_rows(uint8_t* tile, int first_row) {
   ptx::fence_proxy_async();
 }
 
-// A ring of stages, each a tile of keys, the tile of values beside it, and an entry: consumers read no mask.
-template <int kStages_, int kConsumers, int kHeadDim>
-struct KeyValueRing {
+enum class StageTiles { kKeys, kKeysAndValues };
+
+// A ring of stages, each a tile of keys, the tile of values beside it where they are wanted, and an entry: consumers
+// read no mask.
+template <int kStages_, int kConsumers, int kHeadDim, StageTiles kTiles = StageTiles::kKeysAndValues>
+struct LiveTileRing {
   static constexpr int kStages = kStages_;
   using Tile = SmemTile<kMaskKeys, kHeadDim>;
   using Position = RingPosition<kStages>;
-  static constexpr int kStageBytes = 2 * Tile::kBytes;
+  static constexpr int kStageBytes = (kTiles == StageTiles::kKeys ? 1 : 2) * Tile::kBytes;
   static constexpr int kBarriers = kStages * kStageBytes;
   static constexpr int kEdgeFull = kBarriers + Ring<kStages>::kBarrierBytes;
   static constexpr int kEntries = kEdgeFull + 8;
@@ -86,7 +89,7 @@ struct KeyValueRing {
   uint32_t s_stages;
   Ring<kStages> ring;
 
-  __device__ __forceinline__ explicit KeyValueRing(uint8_t* smem_)
+  __device__ __forceinline__ explicit LiveTileRing(uint8_t* smem_)
       : smem(smem_), s_stages(ptx::shared_address(smem_)), ring{s_stages + kBarriers} {}
 
   __device__ __forceinline__ uint32_t s_key(int stage) const { return s_stages + stage * kStageBytes; }

@@ -1,5 +1,7 @@
-// Pass B, the output, on Hopper: inputs, outputs and mathematics are those of sm80/output.cuh (docs/kernels.md,
-// "sm90").
+// Pass B, the output, on Hopper: outputs and mathematics are those of sm80/output.cuh (docs/kernels.md, "sm90"). tau is
+// read too: the sums are taken where refine.cuh has brought it. Where alpha = 1.5 that is tau to the rounding of 16
+// bits; if neither gap_mean_v nor support_size is wanted, it is left at that, and the values are added up with prob
+// alone.
 //
 // Grid (blocks of kBlockM rows, H, B). A producer warp brings the live key tiles, K and V, by TMA; each consumer
 // warpgroup owns 64 rows, a warp 16 of them.
@@ -14,10 +16,10 @@
 
 #include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
-#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/sm90/config.h"
+#include "cuda/sm90/consumer_rows.cuh"
 #include "cuda/sm90/live_key_tiles.cuh"
 #include "cuda/sm90/query_block.cuh"
 #include "cuda/sm90/tensor_maps.cuh"
@@ -47,78 +49,23 @@ OutputParams with_tensor_maps(const cuda::OutputParams& pass) {
       pass.gap_mean_v.data == nullptr ? TensorMap{} : query_rows_map(problem, pass.gap_mean_v, value_dim, kMaskRows)};
 }
 
-// Shared memory: queries | gap_mean_v on its way out | stages, barriers and entries of the ring | votes | query_full
+// Shared memory: queries | gap_mean_v on its way out | stages, barriers and entries of the ring | query_full
 template <int kHeadDim>
 struct OutputSmem {
   using Config = OutputConfig<kHeadDim>;
   using QueryTile = SmemTile<Config::kBlockM, kHeadDim>;
-  using Tiles = KeyValueRing<Config::kStages, Config::kConsumers, kHeadDim>;
-  static constexpr int kConsumerWarps = Config::kConsumers * kWarpgroupWarps;
+  using Tiles = LiveTileRing<Config::kStages, Config::kConsumers, kHeadDim>;
 
   static constexpr int kQuery = 0;  // each warp's 16 rows become its rows of out
   static constexpr int kGapMeanV = kQuery + QueryTile::kBytes;
   static constexpr int kTiles = kGapMeanV + QueryTile::kBytes;
-  static constexpr int kVotes = kTiles + Tiles::kSmemBytes;  // int [2][kConsumerWarps]: wants another refinement
-  static constexpr int kQueryFull = kVotes + 2 * kConsumerWarps * 4;
+  static constexpr int kQueryFull = kTiles + Tiles::kSmemBytes;
   static constexpr int kBytes = kQueryFull + 8;
   static_assert(kQueryFull % 8 == 0, "mbarriers are 8-byte aligned");
   static_assert(kBytes <= kSmemPerBlock, "more shared memory than a block can have");
 };
 
-// The two rows of a lane: where they end, and their sums.
-template <AlphaKind kKind>
-struct ConsumerRows {
-  float tau[2];
-  int visible[2];
-  float prob_sum[2], weight_sum[2];
-  uint32_t num_gaps[2];
-
-  __device__ __forceinline__ void clear_sums() {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      prob_sum[half] = weight_sum[half] = 0.0f;
-      num_gaps[half] = 0;
-    }
-  }
-
-  __device__ __forceinline__ RowSums total(int half) const {
-    return {quad_sum(prob_sum[half]), quad_sum(weight_sum[half]), quad_sum(static_cast<float>(num_gaps[half]))};
-  }
-
-  // Scores into gaps, in place; a NaN score gives no gap. Returns whether a row of the warp has one.
-  template <int kN>
-  __device__ __forceinline__ bool scores_to_gaps(float (&score)[kN], float to_z, int key_begin, bool is_edge) {
-    if (is_edge) {
-      const int lane = lane_id();
-#pragma unroll
-      for (int i = 0; i < kN; ++i) {
-        const int key = key_begin + i / 4 * 8 + accumulator_col(lane, i % 2);
-        if (key >= visible[i / 2 % 2]) score[i] = -INFINITY;
-      }
-    }
-    const uint32_t num_before = num_gaps[0] + num_gaps[1];
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      const float distance = fmaf(score[i], -to_z, tau[i / 2 % 2]);  // its sign bit is set where gap > 0
-      num_gaps[i / 2 % 2] += __float_as_uint(distance) >> 31;
-      score[i] = fmaxf(-distance, 0.0f);
-    }
-    return __any_sync(kAllLanes, num_gaps[0] + num_gaps[1] != num_before);
-  }
-
-  template <int kN>
-  __device__ __forceinline__ void add_sums(const float (&gap)[kN], const Entmax<kKind>& entmax) {
-#pragma unroll
-    for (int i = 0; i < kN; ++i) {
-      const int half = i / 2 % 2;
-      const float weight = entmax.weight(gap[i]);
-      prob_sum[half] = fmaf(gap[i], weight, prob_sum[half]);
-      weight_sum[half] += weight;
-    }
-  }
-};
-
-template <typename Element, int kHeadDim, AlphaKind kKind>
+template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasWeights>
 struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
   using Config = OutputConfig<kHeadDim>;
   using Smem = OutputSmem<kHeadDim>;
@@ -130,8 +77,7 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
   static constexpr int kConsumers = Config::kConsumers;
   static constexpr int kScores = Config::kBlockN / 2;  // of a lane, in a tile
   static constexpr int kSums = kHeadDim / 2;
-  static constexpr int kVotesBarrier = 1;
-  static constexpr int kVoters = (1 + Smem::kConsumerWarps) * kWarpSize;  // the consumers and the producer warp
+  static_assert(kHasWeights || kKind == AlphaKind::kOneAndHalf, "the last step takes A_w");
   // Beside the products of the tile before, where weights cost little enough to be computed twice.
   static constexpr bool kSumsBesideProducts = kKind != AlphaKind::kGeneral;
 
@@ -149,28 +95,6 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
         s_smem(ptx::shared_address(smem)),
         tiles(smem + Smem::kTiles) {}
 
-  __device__ __forceinline__ int* s_votes(int pass) const {
-    return reinterpret_cast<int*>(smem + Smem::kVotes) + pass % 2 * Smem::kConsumerWarps;
-  }
-
-  // Does a row of [begin, begin + num_rows) have to be refined? All lanes of a warp.
-  __device__ __forceinline__ bool is_coarse(int begin, int num_rows) const {
-    const uint8_t* g_is_coarse = params.pass.is_coarse + row_index(problem, batch, head, 0);
-    bool found = false;
-    for (int row = begin + lane_id(); row < min(begin + num_rows, range.num_queries); row += kWarpSize) {
-      found |= g_is_coarse[row] != 0;
-    }
-    return __any_sync(kAllLanes, found);
-  }
-
-  // After a refinement, the whole block: does any consumer warp want another?
-  __device__ __forceinline__ bool any_goes_on(int pass) const {
-    ptx::barrier_sync<kVotesBarrier, kVoters>();
-    int any = 0;
-    for (int warp = 0; warp < Smem::kConsumerWarps; ++warp) any |= s_votes(pass)[warp];
-    return any != 0;
-  }
-
   __device__ __forceinline__ void init_barriers() const {
     tiles.init();
     ptx::mbarrier_init(s_smem + Smem::kQueryFull, 1);
@@ -186,24 +110,13 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
     }
     const uint32_t* g_mask = params.pass.scan_mask + Rows::mask_row(problem, row_begin);
     typename Tiles::Position position;
-    const auto for_each_tile = [&](const auto& load) {
-      for_each_live_key_tile<kConsumers>(g_mask, Rows::num_row_groups(), Rows::mask_shape.key_words(),
-                                         Rows::num_key_tiles(), [&](int tile, uint32_t live) {
-                                           load(tile, live);
-                                           position.advance();
-                                         });
-      tiles.close(position);
-      position.advance();
-    };
-    bool refines = is_coarse(row_begin, Config::kBlockM);
-    for (int pass = 0; refines && pass < kMaxRefinements; ++pass) {
-      for_each_tile(
-          [&](int tile, uint32_t live) { tiles.load_keys(position, tile, live, &params.key, kv_head, batch); });
-      refines = any_goes_on(pass);
-    }
-    for_each_tile([&](int tile, uint32_t live) {
-      tiles.load_keys_and_values(position, tile, live, &params.key, &params.value, kv_head, batch, range);
-    });
+    for_each_live_key_tile<kConsumers>(g_mask, Rows::num_row_groups(), Rows::mask_shape.key_words(),
+                                       Rows::num_key_tiles(), [&](int tile, uint32_t live) {
+                                         tiles.load_keys_and_values(position, tile, live, &params.key, &params.value,
+                                                                    kv_head, batch, range);
+                                         position.advance();
+                                       });
+    tiles.close(position);
   }
 
   // A consumer warpgroup.
@@ -217,12 +130,7 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
     const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
     const Entmax<kKind> entmax{alpha};
     ConsumerRows<kKind> rows;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + accumulator_row(lane, half);
-      rows.visible[half] = range.num_visible_keys(row);
-      rows.tau[half] = row < num_queries ? params.pass.tau_lower[head_row + row] : INFINITY;
-    }
+    rows.init(range, warp_row, params.pass.tau + head_row);
 
     // Phase 1: the queries.
     ptx::mbarrier_wait(s_smem + Smem::kQueryFull, 0);
@@ -235,43 +143,8 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
       start_product_transposed<Element, KeyTile>(score, query, tiles.s_key(stage));
       ptx::wgmma_commit();
     };
-    const auto make_gaps = [&](int tile) {
-      const int key_begin = tile * Config::kBlockN;
-      return rows.scores_to_gaps(score, to_z, key_begin, key_begin + Config::kBlockN > unmasked_end);
-    };
 
-    // Phase 2, only where the scan flagged a row: exact row sums move every tau0 of the 64 rows up, never past tau.
-    bool block_refines = is_coarse(row_begin, Config::kBlockM);
-    bool refines = is_coarse(consumer_row, kRowsPerConsumer);
-    for (int pass = 0; block_refines && pass < kMaxRefinements; ++pass) {
-      rows.clear_sums();
-      int stage;
-      for (int tile; (tile = tiles.next(position, consumer, stage)) >= 0;) {
-        if (refines) {
-          ptx::wgmma_fence();
-          start_scores(stage);
-          ptx::wgmma_wait<0>();
-          ptx::wgmma_pin(score);
-        }
-        tiles.release(stage);
-        if (refines && make_gaps(tile)) rows.add_sums(score, entmax);
-      }
-      bool goes_on = false;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const RowSums total = rows.total(half);
-        if (refines) goes_on |= refine(entmax, total, rows.tau[half]);
-      }
-      goes_on = __any_sync(kAllLanes, goes_on);
-      if (lane == 0) s_votes(pass)[block_warp] = goes_on;
-      block_refines = any_goes_on(pass);
-      refines = false;
-      for (int other = 0; other < kWarpgroupWarps; ++other) {
-        refines |= s_votes(pass)[consumer * kWarpgroupWarps + other] != 0;
-      }
-    }
-
-    // Phase 3: the sums over the live tiles, and which of them are live at tau0. The scores of a tile are computed
+    // Phase 2: the sums over the live tiles, and which of them are live at tau. The scores of a tile are computed
     // while the values of the one before it are still being added.
     uint32_t* g_mask = params.pass.block_mask + Rows::mask_row(problem, warp_row);
     const bool writes_mask = lane == 0 && warp_row < num_queries;
@@ -283,10 +156,26 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
         mask_bits = 0;
       }
     };
+    const bool counts = params.pass.support_size != nullptr;
+    // Without weights, gaps become probs at once.
     const auto make_gaps_and_mask = [&](int tile) {
       finish_words_before(mask_word(tile));
-      if (make_gaps(tile)) mask_bits |= mask_bit(tile);
-      if constexpr (kSumsBesideProducts) rows.add_sums(score, entmax);
+      const int key_begin = tile * Config::kBlockN;
+      if (key_begin + Config::kBlockN > unmasked_end) rows.mask_edge(score, key_begin);
+      bool is_live;
+      if constexpr (!kSumsBesideProducts) {
+        is_live = rows.scores_to_counted_gaps(score, to_z);
+      } else {
+        rows.scores_to_gaps(score, to_z);
+        if constexpr (kHasWeights) {
+          if (counts) rows.count_gaps(score);
+          is_live = rows.add_sums(score, entmax);
+        } else {
+          is_live = rows.gaps_to_probs(score, entmax);
+        }
+        is_live = __any_sync(kAllLanes, is_live);
+      }
+      if (is_live) mask_bits |= mask_bit(tile);
       // NOTE: or ptxas puts most of this behind the next wait, where no products of this warpgroup run.
       ptx::wgmma_pin(score);
       ptx::wgmma_pin(rows.prob_sum);
@@ -296,11 +185,19 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
     float sum_prob_v[kSums], sum_weight_v[kSums];
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sum_prob_v[i] = sum_weight_v[i] = 0.0f;
+    const auto pin_sums = [&] {
+      ptx::wgmma_pin(sum_prob_v);
+      if constexpr (kHasWeights) ptx::wgmma_pin(sum_weight_v);
+    };
     rows.clear_sums();
     uint32_t prob[kScores / 8][4], weight[kScores / 8][4];
     const auto make_operands = [&] {
 #pragma unroll
       for (int k = 0; k < kScores / 8; ++k) {
+        if constexpr (!kHasWeights) {
+          accumulator_to_a<Element>(prob[k], score, k);
+          continue;
+        }
         float probs[8], weights[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -316,13 +213,12 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
       }
     };
     const auto start_sums = [&](int stage) {
-      ptx::wgmma_pin(sum_prob_v);
-      ptx::wgmma_pin(sum_weight_v);
+      pin_sums();
 #pragma unroll
       for (int k = 0; k < kScores / 8; ++k) {
         const uint64_t values = KeyTile::mn_major(tiles.s_value(stage), k);
         ptx::wgmma_rs<Element, ptx::Major::kMn>(sum_prob_v, prob[k], values, true);
-        ptx::wgmma_rs<Element, ptx::Major::kMn>(sum_weight_v, weight[k], values, true);
+        if constexpr (kHasWeights) ptx::wgmma_rs<Element, ptx::Major::kMn>(sum_weight_v, weight[k], values, true);
       }
       ptx::wgmma_commit();
     };
@@ -343,24 +239,30 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
         ptx::wgmma_pin(score);
         make_gaps_and_mask(tile);
         ptx::wgmma_wait<0>();
-        ptx::wgmma_pin(sum_prob_v);
-        ptx::wgmma_pin(sum_weight_v);
+        pin_sums();
         tiles.release(stage);
         make_operands();
       }
       ptx::wgmma_fence();
       start_sums(stage);
       ptx::wgmma_wait<0>();
-      ptx::wgmma_pin(sum_prob_v);
-      ptx::wgmma_pin(sum_weight_v);
+      pin_sums();
       tiles.release(stage);
       if (tile == Tiles::kBlocked) tile = tiles.next(position, consumer, stage);
     }
     finish_words_before(Rows::mask_shape.key_words());
 
-    // Phase 4: the last step for tau, and its fold into the output.
+    // Phase 3: the last step for tau, and its fold into the output.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if constexpr (!kHasWeights) {
+        const float scale = output_scale(quad_sum(rows.prob_sum[half]), rows.tau[half]);
+#pragma unroll
+        for (int i = 0; i < kSums; ++i) {
+          if (i / 2 % 2 == half) sum_prob_v[i] *= scale;
+        }
+        continue;
+      }
       const RowSums total = rows.total(half);
       const OutputFold fold = output_fold(entmax, total, rows.tau[half]);
 #pragma unroll
@@ -372,13 +274,11 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
       const int row = warp_row + accumulator_row(lane, half);
       if (lane % 4 == 0 && row < num_queries) {
         params.pass.tau[head_row + row] = rows.tau[half] + fold.step;
-        if (params.pass.support_size != nullptr) {
-          params.pass.support_size[head_row + row] = static_cast<int32_t>(total.count);
-        }
+        if (counts) params.pass.support_size[head_row + row] = static_cast<int32_t>(total.count);
       }
     }
 
-    // Phase 5: store; the queries are no longer needed.
+    // Phase 4: store; the queries are no longer needed.
     store_warp_rows<Element, QueryTile>(&params.out, s_smem + Smem::kQuery, block_warp * kMaskRows, sum_prob_v,
                                         warp_row, head, batch);
     if (params.pass.gap_mean_v.data != nullptr) {
@@ -389,10 +289,10 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
   }
 };
 
-template <typename Element, int kHeadDim, AlphaKind kKind>
+template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasWeights>
 __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, 1)
     output_kernel(const __grid_constant__ OutputParams params) {
-  const OutputBlock<Element, kHeadDim, kKind> block(params);
+  const OutputBlock<Element, kHeadDim, kKind, kHasWeights> block(params);
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warpgroup_id() == 0) {

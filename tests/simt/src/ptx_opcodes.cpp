@@ -75,6 +75,7 @@ Table make_table() {
   table["cp.async.wait_group"] = {{"n", &execute_cp_async_wait, 0}};
   table["cvt.rn.bf16x2.f32"] = {{"r,f,f", &execute_cvt_bf16x2, 0}};
   table["cvt.rn.f16x2.f32"] = {{"r,f,f", &execute_cvt_f16x2, 0}};
+  table["cvt.rn.relu.f16x2.f32"] = {{"r,f,f", &execute_cvt_f16x2_relu, 0}};
   table["cvt.rna.tf32.f32"] = {{"r,f", &execute_cvt_tf32, 0}};
   table["max.NaN.f32"] = {{"f,f,f", &execute_max_nan, 0}};
   table["setp.ne.b32"] = {{"p,r,n", &execute_setp_ne, 0}};

@@ -17,6 +17,11 @@ void execute_cvt_bf16x2(const PtxCall& call) {
 void execute_cvt_f16x2(const PtxCall& call) {
   call.set_u32(0, static_cast<uint32_t>(float_to_half_bits(call.f32(1))) << 16 | float_to_half_bits(call.f32(2)));
 }
+void execute_cvt_f16x2_relu(const PtxCall& call) {
+  const auto positive = [](float value) { return value < 0.0f ? 0.0f : value; };  // NaN stays
+  call.set_u32(0, static_cast<uint32_t>(float_to_half_bits(positive(call.f32(1)))) << 16 |
+                      float_to_half_bits(positive(call.f32(2))));
+}
 
 // 10 bits of mantissa; adding half a unit to the magnitude rounds ties away from zero, and into the exponent if it
 // must.
