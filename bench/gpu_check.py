@@ -64,6 +64,11 @@ def architecture() -> str:
 
 def steps() -> list[Step]:
     sanitize = f"compute-sanitizer --error-exitcode 1 --kernel-name kns={OUR_KERNELS} --tool"
+    # NOTE: racecheck does not see that mbarriers order accesses, nor initcheck what TMA stores: what both report of the
+    # sm90 kernels is right. There the emulator looks for races.
+    sanitizers = {"sm80": ("memcheck", "racecheck", "synccheck", "initcheck")}
+    if architecture() == "sm_90a":
+        sanitizers["sm90"] = ("memcheck", "synccheck")
     print_torch = "import torch; print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())"
     return [
         Step(
@@ -104,7 +109,11 @@ def steps() -> list[Step]:
         Step(
             "sanitizer",
             "memory errors, races and barriers of our kernels",
-            tuple(f"{sanitize} {tool} {SMALL_CASE}" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")),
+            tuple(
+                f"env ADASPLASH2_CUDA_PATH={path} {sanitize} {tool} {SMALL_CASE}"
+                for path, tools in sanitizers.items()
+                for tool in tools
+            ),
             tools=("compute-sanitizer",),
             modules=("torch", "matplotlib"),
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # else tensors lie in one block and guard each other

@@ -316,12 +316,16 @@ def test_padding_never_reaches_gradients():
 def test_out_alone(name, dtype, head_dim):
     """What inference asks for: neither gap_mean_v nor support_size. tau may then be as rough as out allows."""
     query, key, value, _ = cases.inputs(name, Shape(1, 2, 130, 150, head_dim), dtype, seed=4)
-    query[0, 1, 7, 3] = math.nan
-    inputs = (tensor.to(library.device()) for tensor in (query, key, value))
+    inputs = [tensor.to(library.device()) for tensor in (query, key, value)]
     run = library.forward(library.build(), *inputs, is_causal=True, out_alone=True)
     assert run.gap_mean_v.isnan().all()
     expected = expect(query, key, value, is_causal=True)
     assert_result(Result(run.out.cpu(), expected.oracle.aux._replace(tau=expected.oracle.aux.tau.float())), expected)
+    inputs[0][0, 1, 7, 3] = math.nan
+    with_nan = library.forward(library.build(), *inputs, is_causal=True, out_alone=True).out
+    is_bad = torch.arange(130, device=library.device()) == 7
+    assert with_nan[0, 1, 7].isnan().all() and torch.equal(with_nan[0, 0], run.out[0, 0])
+    assert torch.equal(with_nan[0, 1, ~is_bad], run.out[0, 1, ~is_bad])
 
 
 @only_sm80

@@ -68,8 +68,8 @@ struct Instance {
     const AttentionProblem& problem = call.problem;
     const DeltaParams params{problem, call.grad_out, call.gap_mean_v, call.tau, workspace.delta};
     launch_kernel(delta_kernel<Element>,
-                  grid_of(problem, ceil_div<int64_t>(problem.num_queries, kDeltaWarps), problem.num_heads),
-                  dim3(kDeltaWarps * kWarpSize), 0, stream_of(call.stream), params);
+                  grid_of(problem, ceil_div<int64_t>(problem.num_queries, kDeltaRows), problem.num_heads),
+                  dim3(kDeltaThreads), 0, stream_of(call.stream), params);
   }
 
   static void grad_query(const Backward& call, const BackwardWorkspace& workspace) {

@@ -196,20 +196,20 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
       for (int k = 0; k < kScores / 8; ++k) {
         if constexpr (!kHasWeights) {
           accumulator_to_a<Element>(prob[k], score, k);
-          continue;
-        }
-        float probs[8], weights[8];
+        } else {
+          float probs[8], weights[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          weights[i] = entmax.weight(score[8 * k + i]);
-          probs[i] = entmax.prob(score[8 * k + i], weights[i]);
-          if constexpr (!kSumsBesideProducts) {
-            rows.prob_sum[i / 2 % 2] += probs[i];
-            rows.weight_sum[i / 2 % 2] += weights[i];
+          for (int i = 0; i < 8; ++i) {
+            weights[i] = entmax.weight(score[8 * k + i]);
+            probs[i] = entmax.prob(score[8 * k + i], weights[i]);
+            if constexpr (!kSumsBesideProducts) {
+              rows.prob_sum[i / 2 % 2] += probs[i];
+              rows.weight_sum[i / 2 % 2] += weights[i];
+            }
           }
+          accumulator_to_a<Element>(prob[k], probs, 0);
+          accumulator_to_a<Element>(weight[k], weights, 0);
         }
-        accumulator_to_a<Element>(prob[k], probs, 0);
-        accumulator_to_a<Element>(weight[k], weights, 0);
       }
     };
     const auto start_sums = [&](int stage) {
@@ -261,20 +261,20 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
         for (int i = 0; i < kSums; ++i) {
           if (i / 2 % 2 == half) sum_prob_v[i] *= scale;
         }
-        continue;
-      }
-      const RowSums total = rows.total(half);
-      const OutputFold fold = output_fold(entmax, total, rows.tau[half]);
+      } else {
+        const RowSums total = rows.total(half);
+        const OutputFold fold = output_fold(entmax, total, rows.tau[half]);
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        if (i / 2 % 2 != half) continue;
-        sum_prob_v[i] = (sum_prob_v[i] - fold.shift * sum_weight_v[i]) * fold.prob_scale;
-        sum_weight_v[i] *= fold.weight_scale;
-      }
-      const int row = warp_row + accumulator_row(lane, half);
-      if (lane % 4 == 0 && row < num_queries) {
-        params.pass.tau[head_row + row] = rows.tau[half] + fold.step;
-        if (counts) params.pass.support_size[head_row + row] = static_cast<int32_t>(total.count);
+        for (int i = 0; i < kSums; ++i) {
+          if (i / 2 % 2 != half) continue;
+          sum_prob_v[i] = (sum_prob_v[i] - fold.shift * sum_weight_v[i]) * fold.prob_scale;
+          sum_weight_v[i] *= fold.weight_scale;
+        }
+        const int row = warp_row + accumulator_row(lane, half);
+        if (lane % 4 == 0 && row < num_queries) {
+          params.pass.tau[head_row + row] = rows.tau[half] + fold.step;
+          if (counts) params.pass.support_size[head_row + row] = static_cast<int32_t>(total.count);
+        }
       }
     }
 

@@ -16,7 +16,6 @@
 
 #include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
-#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/sm90/config.h"
@@ -64,8 +63,6 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
   using QueryTile = typename Smem::QueryTile;
   using Tiles = typename Smem::Tiles;
   using Rows::batch, Rows::head, Rows::kv_head, Rows::range, Rows::row_begin;
-  static constexpr int kVotesBarrier = 1;
-  static constexpr int kVoters = (1 + Smem::kConsumerWarps) * kWarpSize;  // the consumers and the producer warp
 
   const RefineParams& params;
   const AttentionProblem& problem;
@@ -97,7 +94,7 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
 
   // After a pass, the whole block: does any warp want another?
   __device__ __forceinline__ bool any_goes_on(int pass) const {
-    ptx::barrier_sync<kVotesBarrier, kVoters>();
+    __syncthreads();
     int any = 0;
     for (int warp = 0; warp < Smem::kConsumerWarps; ++warp) any |= s_votes(pass)[warp];
     return any != 0;
@@ -118,9 +115,10 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     ptx::fence_mbarrier_init();
   }
 
-  // The producer warp.
+  // The producer's warpgroup: one warp loads, the others but vote.
   __device__ __forceinline__ void produce() const {
-    if (lane_id() == 0) {
+    const bool loads = warp_id() == 0;
+    if (threadIdx.x == 0) {
       const uint32_t query_full = s_smem + Smem::kQueryFull;
       ptx::mbarrier_arrive_expect_tx(query_full, Config::kConsumers * QueryTile::kBytes);
       for (int i = 0; i < Config::kConsumers; ++i) {
@@ -132,13 +130,15 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     typename Tiles::Position position;
     bool goes_on = true;
     for (int pass = 0; goes_on && pass < kMaxRefinements; ++pass) {
-      for_each_live_key_tile<Config::kConsumers>(g_mask, Rows::num_row_groups(), Rows::mask_shape.key_words(),
-                                                 Rows::num_key_tiles(), [&](int tile, uint32_t live) {
-                                                   tiles.load_keys(position, tile, live, &params.key, kv_head, batch);
-                                                   position.advance();
-                                                 });
-      tiles.close(position);
-      position.advance();
+      if (loads) {
+        for_each_live_key_tile<Config::kConsumers>(g_mask, Rows::num_row_groups(), Rows::mask_shape.key_words(),
+                                                   Rows::num_key_tiles(), [&](int tile, uint32_t live) {
+                                                     tiles.load_keys(position, tile, live, &params.key, kv_head, batch);
+                                                     position.advance();
+                                                   });
+        tiles.close(position);
+        position.advance();
+      }
       goes_on = any_goes_on(pass);
     }
   }
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(RefineConfig<kHeadDim>::kThreads, RefineConfig
   __syncthreads();
   if (warpgroup_id() == 0) {
     ptx::setmaxnreg_decrease<Config::kProducerRegisters>();
-    if (warp_id() == 0) block.produce();
+    block.produce();
   } else {
     ptx::setmaxnreg_increase<Config::kConsumerRegisters>();
     block.consume(warpgroup_id() - 1);

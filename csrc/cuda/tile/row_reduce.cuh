@@ -25,10 +25,4 @@ __device__ __forceinline__ float warp_min_of_positive(float value) {
   return __uint_as_float(__reduce_min_sync(kAllLanes, __float_as_uint(value)));
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
-}
-
 }  // namespace adasplash2::cuda
