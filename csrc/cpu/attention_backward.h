@@ -326,6 +326,7 @@ void differentiate_strips(BackwardContext<Element>& context, const std::vector<S
         }
       };
     });
+    if (num_parts == 1) continue;
     run_tasks(parallel, count, [&] {
       return [&](int64_t i) {
         for (int64_t part = 1; part < num_parts; ++part) {
@@ -530,7 +531,8 @@ class ListGradients {
     wave_.prob.reserve(last.wave_entry + last.num_entries);
     wave_.grad_score.reserve(last.wave_entry + last.num_entries);
     wave_.range_end.reserve(wave_.num_rows * wave_.num_ranges);
-    run_tasks(parallel_, last_chunk - first_chunk, [&] {
+    const int64_t num_tasks = wave_.num_rows == 0 ? 0 : last_chunk - first_chunk;
+    run_tasks(parallel_, num_tasks, [&] {
       return [&, worker = RowStepWorker<Element>(context_, wave_)](int64_t task) mutable {
         worker(chunks_[first_chunk + task]);
       };
@@ -724,11 +726,14 @@ void backward_typed(const AttentionBackward& params, const Parallel& parallel) {
 
   // What must be kept: the ranges of keys that strips see, and all of them for heads that are in several waves.
   const int64_t range = lists.keys_per_range();
+  const int64_t all_keys = (params.num_keys + kPanelCols - 1) / kPanelCols * kPanelCols;
   std::vector<int64_t> num_kept(context.num_kv, 0);
-  for (const StripHead& head : strips) num_kept[head.kv] = (head.num_keys + range - 1) / range * range;
+  for (const StripHead& head : strips) {
+    num_kept[head.kv] = std::min(all_keys, (head.num_keys + range - 1) / range * range);
+  }
   for (const auto& wave : waves) {
     for (const WavePart& part : wave) {
-      if (!(part.is_first && part.is_last)) num_kept[part.kv] = (params.num_keys + range - 1) / range * range;
+      if (!(part.is_first && part.is_last)) num_kept[part.kv] = all_keys;
     }
   }
   run_tasks(parallel, context.num_kv, [&] {

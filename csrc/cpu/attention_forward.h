@@ -59,6 +59,8 @@ class PackedPanels {
   Buffer<Real> data_;
 };
 
+constexpr int64_t kStripKeys = 256;  // problems of so few keys are always done in strips
+
 // The keys in both precisions of the scan, and the sample of them.
 template <class Element>
 struct ScanKeys {
@@ -72,7 +74,8 @@ struct ScanKeys {
         is_quantized(has_quantized_scan() && !std::is_same_v<Element, double> && problem.mask.data == nullptr &&
                      problem.num_keys >= kQuantizedKeys && problem.head_dim <= 512),
         stride(sample_stride(problem.num_keys)) {
-    if (!is_quantized) panels.pack_all(parallel);
+    // A short head's panels are packed by the task that comes first: a parallel region would cost more.
+    if (!is_quantized && problem.num_keys > kStripKeys) panels.pack_all(parallel);
     if constexpr (!std::is_same_v<Element, double>) {
       if (!is_quantized) return;
       quantize(problem, 1, problem.num_keys, quantized, parallel);
@@ -137,7 +140,6 @@ void mark_unmasked(const HeadView<Element>& view, const RowBlock& block, const B
 // ---- lists or strips
 // --------------------------------------------------------------------------------------------------
 
-constexpr int64_t kStripKeys = 256;  // problems of so few keys are always done in strips
 // Strips are faster where rows keep more than this part of their keys; yet a list of a few keys costs little whatever
 // part it is (the first rows of a causal problem).
 constexpr float kStripDensity = 0.20f, kStripSupport = 256;
@@ -525,7 +527,7 @@ class ForwardWorker {
     const Real fraction = static_cast<Real>(num_seen) / static_cast<Real>(num_cols);
     for (int64_t row = first; row < last; ++row) {
       Real* score = scores + (row - first) * strip_.stride;
-      const MaxResult<Real> top = list_max(score, num_cols);
+      const MaxResult<Real> top = list_raise_and_max(score, num_cols);
       if (!top.is_finite || top.max == kLowest<Real>) {
         set_row(row, 0, top.is_finite ? kInfinity<Real> : std::numeric_limits<Real>::quiet_NaN(), unit, 0);
         fill_row(score, num_cols, Real(0));

@@ -50,14 +50,13 @@ __attribute__((noinline)) void multiply_to(const Real* group, const Real* panel,
 }
 
 // The scores u of the rows [first, first + strip.rows) of a block; keys that take no part get the lowest number there
-// is.
+// is, or -inf.
 template <class Element>
 void score_strip(const HeadView<Element>& view, const RowBlock& block, int64_t first,
                  const Accumulator<Element>* groups, const Accumulator<Element>* packed_keys,
                  Strip<Accumulator<Element>>& strip) {
   using Real = Accumulator<Element>;
   const int64_t depth = view.problem.head_dim, last = std::min(block.num_rows, first + strip.rows);
-  const Vector<Real> lowest = broadcast(kLowest<Real>);
   for (int64_t panel = 0; panel < block.num_panels; ++panel) {
     const Real* packed_panel = packed_keys + panel * depth * kPanelCols;
     for (int64_t row = first; row < last; row += kTileRows) {
@@ -78,14 +77,6 @@ void score_strip(const HeadView<Element>& view, const RowBlock& block, int64_t f
           scores[j] = (masks[i].allowed >> j & 1) != 0 ? score : kLowest<Real>;
         }
       }
-    }
-  }
-  // -inf takes no part either; NaN stays.
-  for (int64_t row = first; row < last; ++row) {
-    Real* scores = strip.row(row - first);
-    for (int64_t j = 0; j < block.num_panels * kPanelCols; j += kLanes<Real>) {
-      const Vector<Real> x = load(scores + j);
-      store(scores + j, x < lowest ? lowest : x);
     }
   }
 }

@@ -72,6 +72,21 @@ ADASPLASH2_INLINE MaxResult<Real> list_max(const Real* score, int64_t size) {
   return {reduce_max<Real>(largest), sum == sum};
 }
 
+// The same, of scores whose -inf, which takes no part, becomes the lowest number; NaN stays.
+template <class Real>
+ADASPLASH2_INLINE MaxResult<Real> list_raise_and_max(Real* score, int64_t size) {
+  const Vector<Real> lowest = broadcast(kLowest<Real>);
+  Vector<Real> largest = lowest, zero = {};
+  for (int64_t j = 0; j < size; j += kLanes<Real>) {
+    const Vector<Real> x = load(score + j), raised = x < lowest ? lowest : x;
+    store(score + j, raised);
+    largest = max<Real>(largest, raised);
+    zero += raised * Real(0);
+  }
+  const Real sum = reduce_add<Real>(zero);
+  return {reduce_max<Real>(largest), sum == sum};
+}
+
 template <class Real>
 struct Sums {
   Real prob;
