@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"]  # told apart by colour-blind readers too
+# Told apart by colour-blind readers too.
+COLORS = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000", "#999999"]
 PANEL_INCHES = (3.4, 2.7)
 
 
@@ -59,8 +60,8 @@ def plot_ratios(path: Path, machine: dict[str, Any], results: Sequence[dict[str,
 
     handles = [Line2D([], [], color=color, marker="o", markersize=4) for color in colors.values()]
     handles.append(Line2D([], [], color="0.35", linestyle="--", linewidth=1.0))
-    labels = [*(label.replace("S=", "mean support ") for label in colors), "target of that colour"]
-    per_line = 3 if len(columns) < 3 else len(labels)
+    labels = [*(_label(data) for data in colors), "target of that colour"]
+    per_line = 3 if len(columns) < 3 else 4
     figure.legend(handles, labels, loc="outside lower center", ncols=per_line, frameon=False)
     where = machine.get("gpu", f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}")
     figure.suptitle(
@@ -70,6 +71,11 @@ def plot_ratios(path: Path, machine: dict[str, Any], results: Sequence[dict[str,
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _label(data: str) -> str:
+    support, _, live = data.replace("S=", "mean support ").partition(" live=")
+    return f"{support}, {float(live):.0%} of the tiles live" if live else support
 
 
 def _draw_panel(axis: Any, results: Sequence[dict[str, Any]], colors: dict[str, str]) -> None:

@@ -103,11 +103,12 @@ def machine_info(device: str = "cpu") -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is checked out, marked when the files differ; with no history, BENCH_COMMIT."""
+    """BENCH_COMMIT, for copies of the files with another history or none; else what is checked out, marked when the
+    files differ."""
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-    if not head:
-        return os.environ.get("BENCH_COMMIT", "unknown")
-    return head + ("" if is_clean() else " + local changes")
+    return (head or "unknown") + ("" if is_clean() else " + local changes")
 
 
 def is_clean() -> bool:

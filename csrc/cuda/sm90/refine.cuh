@@ -16,6 +16,7 @@
 
 #include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
+#include "cuda/ptx/mbarrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/shared_address.cuh"
 #include "cuda/sm90/config.h"
@@ -38,7 +39,7 @@ struct RefineParams {
   TensorMap key;    // boxes of kBlockN rows
 };
 
-// Shared memory: queries | stages, barriers and entries of the ring | votes | query_full
+// Shared memory: queries | stages, barriers and entries of the ring | votes | voted | query_full
 template <int kHeadDim>
 struct RefineSmem {
   using Config = RefineConfig<kHeadDim>;
@@ -49,9 +50,10 @@ struct RefineSmem {
   static constexpr int kQuery = 0;  // a tile each consumer
   static constexpr int kTiles = kQuery + Config::kConsumers * QueryTile::kBytes;
   static constexpr int kVotes = kTiles + Tiles::kSmemBytes;  // int [2][kConsumerWarps]: wants another pass
-  static constexpr int kQueryFull = kVotes + 2 * kConsumerWarps * 4;
+  static constexpr int kVoted = kVotes + 2 * kConsumerWarps * 4;
+  static constexpr int kQueryFull = kVoted + 8;
   static constexpr int kBytes = kQueryFull + 8;
-  static_assert(kQueryFull % 8 == 0, "mbarriers are 8-byte aligned");
+  static_assert(kVoted % 8 == 0, "mbarriers are 8-byte aligned");
   static_assert(Config::kBlocksPerSm * (kBytes + 1024) <= kSmemPerSm, "more shared memory than an SM has");
 };
 
@@ -92,9 +94,11 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     return __any_sync(kAllLanes, found);
   }
 
-  // After a pass, the whole block: does any warp want another?
+  // After a pass, the consumers and the producer warp: does any warp want another?
   __device__ __forceinline__ bool any_goes_on(int pass) const {
-    __syncthreads();
+    __syncwarp();
+    if (lane_id() == 0) ptx::mbarrier_arrive(s_smem + Smem::kVoted);
+    ptx::mbarrier_wait(s_smem + Smem::kVoted, pass % 2);
     int any = 0;
     for (int warp = 0; warp < Smem::kConsumerWarps; ++warp) any |= s_votes(pass)[warp];
     return any != 0;
@@ -111,14 +115,14 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
 
   __device__ __forceinline__ void init_barriers() const {
     tiles.init();
+    ptx::mbarrier_init(s_smem + Smem::kVoted, 1 + Smem::kConsumerWarps);
     ptx::mbarrier_init(s_smem + Smem::kQueryFull, 1);
     ptx::fence_mbarrier_init();
   }
 
-  // The producer's warpgroup: one warp loads, the others but vote.
+  // The producer warp.
   __device__ __forceinline__ void produce() const {
-    const bool loads = warp_id() == 0;
-    if (threadIdx.x == 0) {
+    if (lane_id() == 0) {
       const uint32_t query_full = s_smem + Smem::kQueryFull;
       ptx::mbarrier_arrive_expect_tx(query_full, Config::kConsumers * QueryTile::kBytes);
       for (int i = 0; i < Config::kConsumers; ++i) {
@@ -130,15 +134,13 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     typename Tiles::Position position;
     bool goes_on = true;
     for (int pass = 0; goes_on && pass < kMaxRefinements; ++pass) {
-      if (loads) {
-        for_each_live_key_tile<Config::kConsumers>(g_mask, Rows::num_row_groups(), Rows::mask_shape.key_words(),
-                                                   Rows::num_key_tiles(), [&](int tile, uint32_t live) {
-                                                     tiles.load_keys(position, tile, live, &params.key, kv_head, batch);
-                                                     position.advance();
-                                                   });
-        tiles.close(position);
-        position.advance();
-      }
+      for_each_live_key_tile<Config::kConsumers>(g_mask, Rows::num_row_groups(), Rows::mask_shape.key_words(),
+                                                 Rows::num_key_tiles(), [&](int tile, uint32_t live) {
+                                                   tiles.load_keys(position, tile, live, &params.key, kv_head, batch);
+                                                   position.advance();
+                                                 });
+      tiles.close(position);
+      position.advance();
       goes_on = any_goes_on(pass);
     }
   }
@@ -220,7 +222,7 @@ __global__ void __launch_bounds__(RefineConfig<kHeadDim>::kThreads, RefineConfig
   __syncthreads();
   if (warpgroup_id() == 0) {
     ptx::setmaxnreg_decrease<Config::kProducerRegisters>();
-    block.produce();
+    if (warp_id() == 0) block.produce();
   } else {
     ptx::setmaxnreg_increase<Config::kConsumerRegisters>();
     block.consume(warpgroup_id() - 1);
