@@ -108,7 +108,9 @@ def commit() -> str:
     if named := os.environ.get("BENCH_COMMIT"):
         return named
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-    return (head or "unknown") + ("" if is_clean() else " + local changes")
+    if not head:
+        return "unknown"
+    return head + ("" if is_clean() else " + local changes")
 
 
 def is_clean() -> bool:
