@@ -187,6 +187,23 @@ def test_work_of_the_backward_pass(name, head_dim, cuda_path):
 
 @emulated
 @only_sm80
+@pytest.mark.usefixtures("cuda_path")
+def test_work_in_float32():
+    """Six products for one, in live tiles alone: all of them here. Nothing waits for a bank."""
+    num_queries, num_keys, head_dim = 128, 128, 64
+    query, key, value, grad_out = cases.inputs("dense", Shape(1, 1, num_queries, num_keys, head_dim))
+    run = library.forward(library.build(), query, key, value)
+    grads = library.backward(library.build(), run, grad_out)
+    product = 6 * num_queries * num_keys * head_dim // MMA
+    num_refinements = run.counters["mma"] / product - 4  # beside the scan, Q K^T, prob V and weight V
+    assert num_refinements in (1, 2, 3)
+    assert grads.counters["mma"] == 7 * product
+    for counters in (run.counters, grads.counters):
+        assert counters["ldmatrix_wavefronts"] == 4 * counters["ldmatrix"], "bank conflicts"
+
+
+@emulated
+@only_sm80
 @on_both_paths
 def test_a_hit_costs_two_atomics():
     """Keys at or below the bounds never reach a histogram: far fewer hits than keys, two words a hit."""
@@ -223,3 +240,32 @@ def test_dense_prefix_of_a_sparse_row():
     run = library.forward(library.build(), *(t.to(library.device()) for t in (query, key, value)))
     tau = exact_tau(query, key, value, 1.5)
     assert (run.support_size == 1).all() and ((run.tau.cpu() - tau).abs() <= 1e-5).all()
+
+
+@only_sm80
+@pytest.mark.usefixtures("cuda_path")
+def test_blocks_with_most_work_run_first():
+    """Rows that see few keys and keys that few rows see, in GQA groups, in sequences of one length and of two."""
+    shape = Shape(2, 4, 700, 500, kv_heads=2)
+    query, key, value, grad_out = (t.to(library.device()) for t in cases.inputs("gaussian", shape, BF16))
+    for lengths in (None, torch.tensor([500, 130], device=library.device())):
+        run = library.forward(library.build(), query, key, value, is_causal=True, key_lengths=lengths)
+        grads = library.backward(library.build(), run, grad_out)
+        rows = blocks_work(run.scan_mask, 4)
+        heads_of_group = run.block_mask.unflatten(1, (2, 2))
+        assert_most_work_first(run.work_order, rows.flatten())
+        assert_most_work_first(grads.work_order(run), heads_of_group.sum((2, 3)).flatten())
+
+
+def blocks_work(mask: Tensor, groups: int) -> Tensor:
+    """Live tiles of each block of so many row groups."""
+    padded = torch.nn.functional.pad(mask, (0, 0, 0, -mask.shape[-2] % groups))
+    return padded.unflatten(-2, (-1, groups)).sum((-2, -1))
+
+
+def assert_most_work_first(order: Tensor, work: Tensor) -> None:
+    """A permutation; in steps of half an octave, as the kernel's float has it; stable."""
+    mantissa, exponent = torch.frexp((work.cpu() + 1).double())
+    level = 2 * (exponent - 1) + (mantissa >= 0.75)
+    assert level.unique().numel() > 3, "the blocks do not differ"
+    assert torch.equal(order, torch.sort(level, descending=True, stable=True).indices)

@@ -22,11 +22,8 @@ constexpr int kLargestHeadDim = 256;
 constexpr int kLargestFloatHeadDim = 128;
 
 // Head dims that are built; any multiple of 8 is padded with zeros, on the fly, to the next of them. The sizes below
-// are those of 16-bit elements: a float takes the room of two, so float32 at 128 is laid out as 256.
-// NOTE: float32 has one instance. With 32 rows a warp, as at 128, its scores and three parts of each operand spill.
-constexpr int instance_head_dim(int64_t head_dim, DataType dtype) {
-  return head_dim <= 64 && dtype != DataType::kFloat32 ? 64 : head_dim <= 128 ? 128 : 256;
-}
+// go by the columns of a tile (tile/smem_layout.cuh): a float takes three, so float32 has kCols = 384 at head dim 128.
+constexpr int instance_head_dim(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
 // NOTE: everything of the scan is sized for three blocks an SM, 12 warps: with 8 a warp was ready in 21% of the cycles
 // (H200, 2026-11-23). That leaves 168 registers a thread and 75 KB a block (two blocks of 81 KB on an A100). Masks and
@@ -36,26 +33,22 @@ template <typename Element, bool kHasMask>
 constexpr int kMinScanBlocks = kHasMask || std::is_same_v<Element, float> ? kMinBlocksPerSm : kMostScanBlocks;
 
 // Pass A. A warp owns its rows alone: their histogram needs no other warp.
-template <int kHeadDim>
+template <int kCols>
 struct ScanConfig {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   // NOTE: 32 rows a warp halve the shared-memory reads of K per mma (one ldmatrix feeds four), which would otherwise
-  // take as long as the mma themselves. At head dim 256 the query fragments leave registers for 16 only.
-  static constexpr int kRowsPerWarp = kHeadDim <= 128 ? 32 : 16;
+  // take as long as the mma themselves. From 256 columns on the query fragments leave registers for 16 only.
+  static constexpr int kRowsPerWarp = kCols <= 128 ? 32 : 16;
   static constexpr int kBlockM = kWarps * kRowsPerWarp;
-  static constexpr int kBlockN = kHeadDim <= 64 ? kMaskKeys : kMaskKeys / 2;  // a stage of the key ring
-  static constexpr int kStages = 3;
-  // Scores in registers at a time; the parts of floats take the room of half of them.
-  static constexpr int kMostKeysPerStep = kHeadDim == 128 ? 16 : 32;
-  template <typename Element>
-  static constexpr int kKeysPerStep = std::is_same_v<Element, float> ? 16 : kMostKeysPerStep;
-  static_assert(kMaskKeys % kBlockN == 0 && kBlockN % kMostKeysPerStep == 0,
-                "a mask tile is some stages of some steps");
+  static constexpr int kBlockN = kCols <= 64 ? kMaskKeys : kMaskKeys / 2;  // a stage of the key ring
+  static constexpr int kStages = kCols <= 256 ? 3 : 2;
+  static constexpr int kKeysPerStep = kCols == 128 || kCols > 256 ? 16 : 32;  // scores in registers at a time
+  static_assert(kMaskKeys % kBlockN == 0 && kBlockN % kKeysPerStep == 0, "a mask tile is some stages of some steps");
 
   // Hits wait in lists of this many per lane and row; a list is flushed when those of the next step may not fit.
   static constexpr int kHitsPerList = 14;
-  static constexpr int kMostHitsPerStep = kMostKeysPerStep / 4;  // the four lanes of a quad share a row
+  static constexpr int kMostHitsPerStep = kKeysPerStep / 4;  // the four lanes of a quad share a row
   static_assert(kHitsPerList >= kMostHitsPerStep, "an empty list must take one step");
 
   static constexpr int kRowsPerLane = kRowsPerWarp / 8;
@@ -66,7 +59,7 @@ struct ScanConfig {
   static constexpr int kSnapshots = 15;
   static_assert(kMaxKeys / kMaskKeys <= int64_t(1) << (kSnapshots - 1), "the last tile needs a snapshot before it");
 
-  static constexpr int kKeyBytes = kStages * kBlockN * kHeadDim * 2;
+  static constexpr int kKeyBytes = kStages * kBlockN * kCols * 2;
   static constexpr int kHistogramBytes = kBlockM * kRowWords * 4;
   static constexpr int kHitBytes = kThreads * kRowsPerLane * kHitsPerList * 2;
   static constexpr int kSnapshotBytes = kSnapshots * kBlockM * 2;
@@ -74,52 +67,65 @@ struct ScanConfig {
   static constexpr int kSmemBytes = kKeyBytes + kHistogramBytes + kHitBytes + kSnapshotBytes + kVisibleBytes;
   static_assert(kMostScanBlocks * (kSmemBytes + 1024) <= 228 * 1024,
                 "an SM of sm_90 has 228 KB, 1 KB of each block its own");
-  static_assert(kBlockM * kHeadDim * 2 <= kSmemBytes,
-                "the queries pass through shared memory on their way to registers");
+  static_assert(kBlockM * kCols * 2 <= kSmemBytes, "the queries pass through shared memory on their way to registers");
 };
 
+// Columns of a tile that a block accumulates a product for, twice: two such accumulators of 16 rows fill the registers
+// at 128 numbers a row.
+template <int kCols>
+constexpr int kMostAccumulatedCols = kCols <= 128       ? kCols
+                                     : kCols % 192 == 0 ? 192
+                                                        : 128;
+
+// Keys in shared memory at a time: a mask tile, or a part of one where tiles are wide.
+template <int kCols>
+constexpr int kKeysPerPart = kCols <= 128   ? kMaskKeys
+                             : kCols <= 256 ? kMaskKeys / 2
+                                            : kMaskKeys / 4;
+
 // Pass B.
-template <int kHeadDim>
+template <int kCols>
 struct OutputConfig {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = kWarps * kMaskRows;
-  static constexpr int kBlockN = kMaskKeys;
+  static constexpr int kBlockN = kCols % 192 == 0 ? kMaskKeys / 4 : kKeysPerPart<kCols>;
   // Scores in registers at a time. At head dim 128 they and two accumulators leave no room for the queries.
   template <AlphaKind kKind, bool kHasMask>
   static constexpr int kKeysPerStep =
-      kHeadDim <= 64 || (kHeadDim <= 128 && kKind != AlphaKind::kGeneral && !kHasMask) ? 64 : 16;
+      kCols <= 64 || (kCols <= 128 && kKind != AlphaKind::kGeneral && !kHasMask) ? 64 : 16;
   static constexpr int kStages = 2;
-  // Two accumulators (A_p and A_w) of 16 rows a warp fill the registers at 128 columns; wider values take more blocks.
-  static constexpr int kValueChunk = kHeadDim <= 128 ? kHeadDim : 128;
-  template <AlphaKind kKind>  // the power function needs registers too
-  static constexpr bool kQueryInRegisters = kHeadDim <= 64 && kKind != AlphaKind::kGeneral;
+  // Of A_p and A_w; wider values take more blocks.
+  static constexpr int kValueChunk = kMostAccumulatedCols<kCols>;
+  static constexpr int kUnroll = kCols == 192 ? 2 : 4;  // of the products' steps; more spills there
+  template <AlphaKind kKind>                            // the power function needs registers too
+  static constexpr bool kQueryInRegisters = kCols <= 64 && kKind != AlphaKind::kGeneral;
 
-  static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
-  static constexpr int kKeyBytes = kStages * kBlockN * kHeadDim * 2;
+  static constexpr int kQueryBytes = kBlockM * kCols * 2;
+  static constexpr int kKeyBytes = kStages * kBlockN * kCols * 2;
   static constexpr int kValueBytes = kStages * kBlockN * kValueChunk * 2;
   static constexpr int kFlagBytes = kWarps * 4;
   static constexpr int kSmemBytes = kQueryBytes + kKeyBytes + kValueBytes + kFlagBytes;
 };
 
 // Backward, dq: one block for 64 rows, over their live key tiles.
-template <int kHeadDim, bool kHasMask>
+template <int kCols, bool kHasMask>
 struct GradQueryConfig {
   // NOTE: 32 rows a warp where registers allow: each fragment of K and V read from shared memory then feeds four mma,
   // not two, and the reads take less time than the mma. Two such warps make a block, four blocks an SM.
-  static constexpr int kRowsPerWarp = kHeadDim <= 64 && !kHasMask ? 32 : 16;
+  static constexpr int kRowsPerWarp = kCols <= 64 && !kHasMask ? 32 : 16;
   static constexpr int kBlockM = 64;
   static constexpr int kWarps = kBlockM / kRowsPerWarp;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = kWarpsPerSm / kWarps;
-  static constexpr int kBlockN = kHeadDim <= 128 ? kMaskKeys : kMaskKeys / 2;  // half a mask tile: shared memory
-  static constexpr int kKeysPerStep = 32;                                      // scores in registers at a time
+  static constexpr int kBlockN = kKeysPerPart<kCols>;
+  static constexpr int kKeysPerStep = kBlockN < 32 ? kBlockN : 32;  // scores in registers at a time
   static constexpr int kStages = 2;
-  static constexpr bool kQueryInRegisters = kHeadDim <= 128;
-  static constexpr bool kGradOutInRegisters = kHeadDim == 128;
+  static constexpr bool kQueryInRegisters = kCols <= 128;
+  static constexpr bool kGradOutInRegisters = kCols == 128;
 
-  static constexpr int kQueryBytes = kBlockM * kHeadDim * 2;
-  static constexpr int kKeyBytes = kStages * kBlockN * kHeadDim * 2;
+  static constexpr int kQueryBytes = kBlockM * kCols * 2;
+  static constexpr int kKeyBytes = kStages * kBlockN * kCols * 2;
   static constexpr int kSmemBytes = 2 * kQueryBytes + 2 * kKeyBytes;
 };
 
@@ -127,22 +133,24 @@ struct GradQueryConfig {
 constexpr int kGradMaskRows = 64;
 
 // Backward, dk and dv: one block for 64 keys, over their live query blocks, in all heads of the group.
-template <int kHeadDim, bool kHasMask>
+template <int kCols, bool kHasMask>
 struct GradKeyValueConfig {
-  static constexpr int kKeysPerWarp = kHeadDim <= 64 && !kHasMask ? 32 : 16;  // as kRowsPerWarp of GradQueryConfig
-  static constexpr int kUnroll = kKeysPerWarp == 32 ? 2 : 4;  // of the products' steps; 32 keys leave few registers
+  static constexpr int kKeysPerWarp = kCols <= 64 && !kHasMask ? 32 : 16;  // as kRowsPerWarp of GradQueryConfig
+  static constexpr int kUnroll =
+      kKeysPerWarp == 32 || kCols == 192 ? 2 : 4;  // of the products' steps; 32 keys leave few registers
   static constexpr int kBlockN = 64;
   static_assert(kBlockN == kMaskKeys, "a block owns one column of the mask");
   static constexpr int kWarps = kBlockN / kKeysPerWarp;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = kWarpsPerSm / kWarps;
-  static constexpr int kBlockM = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kQueriesPerStep = 32;  // scores in registers at a time
+  // Of floats 16: scores and three parts of each operand in registers at a time.
+  static constexpr int kBlockM = kCols <= 64 ? 64 : kCols % 192 == 0 ? 16 : 32;
+  static constexpr int kQueriesPerStep = kBlockM < 32 ? kBlockM : 32;
   static constexpr int kStages = 2;
-  static constexpr int kGradChunk = kHeadDim <= 128 ? kHeadDim : 128;  // columns of dk and dv a block accumulates
+  static constexpr int kGradChunk = kMostAccumulatedCols<kCols>;  // of dk and dv a block accumulates
 
-  static constexpr int kKeyBytes = kBlockN * kHeadDim * 2;
-  static constexpr int kQueryBytes = kStages * kBlockM * kHeadDim * 2;
+  static constexpr int kKeyBytes = kBlockN * kCols * 2;
+  static constexpr int kQueryBytes = kStages * kBlockM * kCols * 2;
   static constexpr int kStatBytes = kStages * kBlockM * 4;
   static constexpr int kFirstRowBytes = kBlockN * 4;
   static constexpr int kSmemBytes = 2 * kKeyBytes + 2 * kQueryBytes + 2 * kStatBytes + kFirstRowBytes;

@@ -37,12 +37,28 @@ int64_t column_mask_bytes(const AttentionProblem& problem) {
   return num_heads_in_all(problem) * mask_shape(problem).column_words() * int64_t(sizeof(uint32_t));
 }
 
+// For as many blocks as a pass may have: of 64 rows or keys, with columns in chunks of no fewer than 64.
+struct WorkOrderLayout {
+  int64_t num_blocks;
+
+  explicit WorkOrderLayout(const AttentionProblem& problem) {
+    const int64_t num_chunks = ceil_div<int64_t>(std::max(problem.head_dim, problem.value_head_dim), 64);
+    const int64_t row_blocks = problem.num_heads * ceil_div<int64_t>(problem.num_queries, 64);
+    const int64_t key_blocks = problem.num_kv_heads * ceil_div<int64_t>(problem.num_keys, 64);
+    num_blocks = problem.batch * num_chunks * std::max(row_blocks, key_blocks);
+  }
+  int64_t index_bytes() const { return align_up(num_blocks * int64_t(sizeof(BlockAt))); }
+  int64_t num_bytes() const { return index_bytes() + align_up(num_blocks); }
+  WorkOrder at(uint8_t* bytes) const { return {reinterpret_cast<BlockAt*>(bytes), bytes + index_bytes()}; }
+};
+
 constexpr std::array<const char*, 3> kPathNames{"auto", "sm80", "sm90"};
 
 using Instances = std::initializer_list<const Passes*>;
 
-constexpr Instances kPortableInstances{&sm80::bfloat16_64, &sm80::bfloat16_128, &sm80::bfloat16_256, &sm80::float16_64,
-                                       &sm80::float16_128, &sm80::float16_256,  &sm80::float32_128};
+constexpr Instances kPortableInstances{&sm80::bfloat16_64, &sm80::bfloat16_128, &sm80::bfloat16_256,
+                                       &sm80::float16_64,  &sm80::float16_128,  &sm80::float16_256,
+                                       &sm80::float32_64,  &sm80::float32_128};
 #ifdef ADASPLASH2_CUDA_SM90
 constexpr Instances kHopperInstances{&sm90::bfloat16_64, &sm90::bfloat16_128, &sm90::float16_64, &sm90::float16_128};
 #else
@@ -51,7 +67,7 @@ constexpr Instances kHopperInstances{};
 constexpr bool kHasSm90 = kHopperInstances.size() > 0;
 
 const Passes* find_instance(Instances instances, const AttentionProblem& problem) {
-  const int head_dim = instance_head_dim(std::max(problem.head_dim, problem.value_head_dim), problem.dtype);
+  const int head_dim = instance_head_dim(std::max(problem.head_dim, problem.value_head_dim));
   for (const Passes* passes : instances) {
     if (passes->dtype == problem.dtype && passes->head_dim == head_dim) return passes;
   }
@@ -117,6 +133,45 @@ Passes find_passes(const AttentionProblem& problem, Path path) {
   return passes;
 }
 
+// float32 tensors in parts, if the passes want them so: they lie in the workspace from `bytes` on.
+struct Splitter {
+  const Passes& passes;
+  const AttentionProblem& problem;
+  void* stream;
+  uint8_t* bytes;
+
+  static int64_t num_bytes(const AttentionProblem& problem, int64_t num_heads, int64_t num_rows, int64_t dim) {
+    constexpr int64_t kParts = 3, kPartBytes = 2;
+    const bool is_split = problem.dtype == DataType::kFloat32;
+    return is_split ? align_up(problem.batch * num_heads * num_rows * dim * kParts * kPartBytes) : 0;
+  }
+  static int64_t queries_bytes(const AttentionProblem& problem, int64_t dim) {
+    return num_bytes(problem, problem.num_heads, problem.num_queries, dim);
+  }
+  static int64_t inputs_bytes(const AttentionProblem& problem) {
+    return queries_bytes(problem, problem.head_dim) +
+           num_bytes(problem, problem.num_kv_heads, problem.num_keys, problem.head_dim) +
+           num_bytes(problem, problem.num_kv_heads, problem.num_keys, problem.value_head_dim);
+  }
+
+  Rows split(const Rows& rows, int64_t num_heads, int64_t num_rows, int64_t dim) {
+    if (passes.split_floats == nullptr) return rows;
+    const int64_t stride_row = 3 * dim, stride_head = num_rows * stride_row;
+    const Rows parts{bytes, num_heads * stride_head, stride_head, stride_row};
+    passes.split_floats({rows, parts, problem.batch, num_heads, num_rows, dim, stream});
+    bytes += num_bytes(problem, num_heads, num_rows, dim);
+    return parts;
+  }
+  Rows split_queries(const Rows& rows, int64_t dim) { return split(rows, problem.num_heads, problem.num_queries, dim); }
+  AttentionProblem split_inputs() {
+    AttentionProblem result = problem;
+    result.query = split_queries(problem.query, problem.head_dim);
+    result.key = split(problem.key, problem.num_kv_heads, problem.num_keys, problem.head_dim);
+    result.value = split(problem.value, problem.num_kv_heads, problem.num_keys, problem.value_head_dim);
+    return result;
+  }
+};
+
 void require_aligned(const Rows& rows, DataType dtype, const char* name) {
   require(is_aligned(rows, dtype), std::string(name) + ": rows must be 16-byte aligned");
 }
@@ -148,13 +203,14 @@ int64_t block_mask_bytes(const AttentionProblem& problem) {
 int64_t forward_workspace_bytes(const AttentionProblem& problem) {
   const int64_t num_rows = num_rows_in_all(problem);
   return align_up(num_rows * int64_t(sizeof(float))) + align_up(block_mask_bytes(problem)) + align_up(num_rows) +
-         tile_excess_bytes(problem);
+         align_up(tile_excess_bytes(problem)) + WorkOrderLayout(problem).num_bytes() + Splitter::inputs_bytes(problem);
 }
 
 int64_t backward_workspace_bytes(const AttentionProblem& problem, bool wants_grad_mask) {
   const int64_t row_bytes = align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
   return row_bytes + align_up(column_mask_bytes(problem)) + (problem.alpha_heads == nullptr ? 0 : row_bytes) +
-         (wants_grad_mask ? GradMaskWork(problem).slab_bytes() : 0);
+         (wants_grad_mask ? align_up(GradMaskWork(problem).slab_bytes()) : 0) + WorkOrderLayout(problem).num_bytes() +
+         Splitter::inputs_bytes(problem) + Splitter::queries_bytes(problem, problem.value_head_dim);
 }
 
 void require_supported(const AttentionProblem& problem) {
@@ -219,8 +275,9 @@ std::vector<std::string> built_paths() {
   return kHasSm90 ? std::vector<std::string>{"sm80", "sm90"} : std::vector<std::string>{"sm80"};
 }
 
-void forward(const Forward& call) {
-  const AttentionProblem& problem = call.problem;
+void forward(const Forward& given) {
+  Forward call = given;
+  const AttentionProblem& problem = given.problem;
   require_supported(problem);
   if (num_rows_in_all(problem) == 0) return;
   require_inputs(problem);
@@ -237,13 +294,19 @@ void forward(const Forward& call) {
   bytes += align_up(num_rows_in_all(problem));
   workspace.tile_excess = reinterpret_cast<uint16_t*>(bytes);
 
+  bytes += align_up(tile_excess_bytes(problem));
+  workspace.order = WorkOrderLayout(problem).at(bytes);
+  bytes += WorkOrderLayout(problem).num_bytes();
+
   const Passes passes = find_passes(problem, path_of(call));
+  call.problem = Splitter{passes, problem, call.stream, bytes}.split_inputs();
   passes.scan(call, workspace);
   passes.output(call, workspace);
 }
 
-void backward(const Backward& call) {
-  const AttentionProblem& problem = call.problem;
+void backward(const Backward& given) {
+  Backward call = given;
+  const AttentionProblem& problem = given.problem;
   require_supported(problem);
   if (num_heads_in_all(problem) == 0) return;
   require_inputs(problem);
@@ -268,10 +331,16 @@ void backward(const Backward& call) {
   workspace.alpha_rows = reinterpret_cast<float*>(bytes);
   if (problem.alpha_heads != nullptr) bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
   workspace.mask_slabs = reinterpret_cast<float*>(bytes);
+  if (call.grad_mask != nullptr) bytes += align_up(GradMaskWork(problem).slab_bytes());
+  workspace.order = WorkOrderLayout(problem).at(bytes);
+  bytes += WorkOrderLayout(problem).num_bytes();
 
   const Passes passes = find_passes(problem, path_of(call));
+  if (problem.num_queries > 0) passes.delta(call, workspace);
+  Splitter splitter{passes, problem, call.stream, bytes};
+  call.problem = splitter.split_inputs();
+  call.grad_out = splitter.split_queries(call.grad_out, problem.value_head_dim);
   if (problem.num_queries > 0) {
-    passes.delta(call, workspace);
     if (call.grad_query.data != nullptr) passes.grad_query(call, workspace);
   }
   if (problem.num_keys > 0 && (call.grad_key.data != nullptr || call.grad_value.data != nullptr)) {

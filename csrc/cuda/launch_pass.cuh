@@ -40,12 +40,15 @@ inline ScanParams scan_params(const Forward& call, const ForwardWorkspace& works
 }
 
 inline OutputParams output_params(const Forward& call, const ForwardWorkspace& workspace) {
-  return {call.problem, workspace.tau_lower, workspace.is_coarse, workspace.scan_mask, call.out, call.gap_mean_v,
-          call.tau,     call.support_size,   call.block_mask};
+  return {call.problem,           workspace.tau_lower,
+          workspace.is_coarse,    workspace.scan_mask,
+          workspace.order.blocks, call.out,
+          call.gap_mean_v,        call.tau,
+          call.support_size,      call.block_mask};
 }
 
 inline GradParams grad_params(const Backward& call, const BackwardWorkspace& workspace, const uint32_t* block_mask) {
-  return {call.problem,  call.tau,        workspace.delta, block_mask,
+  return {call.problem,  call.tau,        workspace.delta, block_mask,     workspace.order.blocks,
           call.grad_out, call.grad_query, call.grad_key,   call.grad_value};
 }
 

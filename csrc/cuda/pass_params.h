@@ -9,6 +9,11 @@
 
 namespace adasplash2::cuda {
 
+// Which block of its grid runs at a place of the order (any_arch/work_order.cuh).
+struct BlockAt {
+  uint32_t x, y_and_z;  // y in the lower half
+};
+
 struct ScanParams {
   AttentionProblem problem;
   float* tau_lower;
@@ -22,6 +27,7 @@ struct OutputParams {
   const float* tau_lower;
   const uint8_t* is_coarse;
   const uint32_t* scan_mask;
+  const BlockAt* order;  // sm80's
   Rows out;
   Rows gap_mean_v;        // data nullable: not wanted
   float* tau;             // (B, H, Nq) contiguous
@@ -34,6 +40,7 @@ struct GradParams {
   const float* tau;            // (B, H, Nq) contiguous
   const float* delta;          // (B, H, Nq) contiguous
   const uint32_t* block_mask;  // by rows for dq, by columns for dk and dv
+  const BlockAt* order;        // sm80's
   Rows grad_out;
   Rows grad_query;
   Rows grad_key;

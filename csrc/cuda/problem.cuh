@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/pass_params.h"
 #include "math/entmax.h"
 #include "math/work_range.h"
 #include "params.h"
@@ -53,6 +54,14 @@ using EntmaxOf = Entmax<kKind, std::conditional_t<std::is_same_v<Element, float>
 // gradients, which feel it to first order by way of gap_mean_v.
 template <typename Element>
 constexpr float kLargestTauError = std::is_same_v<Element, __half> ? 0x1p-11f : 0x1p-9f;
+
+// NOTE: what a reduction leaves lies in uniform registers, and so does all that follows from it without divisions: it
+// saves the pointers of a dozen tensors in each thread's own.
+__device__ __forceinline__ uint3 block_at(const BlockAt* order) {
+  const BlockAt block = order[blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)];
+  const uint32_t y_and_z = __reduce_max_sync(0xffffffffu, block.y_and_z);
+  return {__reduce_max_sync(0xffffffffu, block.x), y_and_z & 0xffffu, y_and_z >> 16};
+}
 
 // Index of a row in a contiguous (B, H, Nq) tensor.
 __device__ __forceinline__ int64_t row_index(const AttentionProblem& problem, int batch, int head, int row) {

@@ -224,10 +224,24 @@ class Run:
         return _unpack(words.view(self.block_mask_words.shape), self.block_mask.shape[-1])
 
     @property
+    def work_order(self) -> Tensor:
+        """Of the output pass's blocks of 64 rows; sm80's, head dim 64."""
+        batch, heads, groups, _ = self.block_mask.shape
+        num_rows, mask_bytes = self.tau.numel(), self.block_mask_words.numel() * 4
+        offset = _align(num_rows * 4) + _align(mask_bytes) + _align(num_rows) + _align(self.block_mask.numel() * 2)
+        return _work_order(self.workspace, offset, batch, heads, -(-groups // 4))
+
+    @property
     def is_coarse(self) -> Tensor:
         return self._rows_of(
             _align(self.tau.numel() * 4) + _align(self.block_mask_words.numel() * 4), torch.uint8
         ).bool()
+
+
+def _work_order(workspace: Tensor, offset: int, batch: int, heads: int, num_blocks: int) -> Tensor:
+    """Indices of (batch, head, block), block fastest."""
+    places = workspace[offset : offset + batch * heads * num_blocks * 8].view(torch.int32).view(-1, 2).cpu().long()
+    return places[:, 0] + num_blocks * ((places[:, 1] & 0xFFFF) + heads * (places[:, 1] >> 16))
 
 
 def _align(num_bytes: int) -> int:
@@ -322,6 +336,13 @@ class Gradients:
     alpha: Tensor | None  # (B, H)
     attn_mask: Tensor | None  # as it broadcasts, in 4 dimensions
     counters: dict[str, int]
+    workspace: Tensor
+
+    def work_order(self, run: Run) -> Tensor:
+        """Of the key blocks of the last pass; sm80's, head dim 64, a number for alpha, no mask."""
+        batch, heads, groups, tiles = run.block_mask.shape
+        offset = _align(run.tau.numel() * 4) + _align(batch * heads * tiles * -(-groups // 32) * 4)
+        return _work_order(self.workspace, offset, batch, int(run.problem.num_kv_heads), tiles)
 
 
 def backward(
@@ -353,7 +374,7 @@ def backward(
     }  # fmt: skip
     tensors |= {n: t for n, t in {"grad_alpha": grad_alpha, "grad_mask": grad_mask}.items() if t is not None}
     counters = library.call("attention_backward", ctypes.byref(call), seed=seed, tensors=tensors)
-    return Gradients(*grads.values(), grad_alpha, grad_mask, counters)
+    return Gradients(*grads.values(), grad_alpha, grad_mask, counters, workspace)
 
 
 def _four_dims(attn_mask: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 
 namespace adasplash2::cuda::sm80 {
 
-const Passes bfloat16_128{}, bfloat16_256{}, float16_64{}, float16_128{}, float16_256{}, float32_128{};
+const Passes bfloat16_128{}, bfloat16_256{}, float16_64{}, float16_128{}, float16_256{}, float32_64{}, float32_128{};
 
 }  // namespace adasplash2::cuda::sm80
 

@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   const int num_queries = range.num_queries;
   const int head_dim = static_cast<int>(problem.head_dim), value_head_dim = static_cast<int>(problem.value_head_dim);
   const int key_end = range.max_visible_keys(row_begin, row_begin + Config::kBlockM);
-  const Element* g_key = head_rows<const Element>(problem.key, batch, kv_head);
-  const Element* g_value = head_rows<const Element>(problem.value, batch, kv_head);
+  const auto* g_key = head_rows<const Stored<Element>>(problem.key, batch, kv_head);
+  const auto* g_value = head_rows<const Stored<Element>>(problem.value, batch, kv_head);
 
   // Shared memory: queries | grad_out | keys | values.
   const uint32_t s_query = ptx::shared_address(dynamic_smem());
@@ -60,11 +60,11 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   static_assert(Config::kStages >= 2, "keys and values, one stage each, lie in the room of two stages of keys");
 
   // Phase 1: what stays for the whole block.
-  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_query,
-                                                            head_rows<const Element>(problem.query, batch, head),
-                                                            problem.query.stride_row, row_begin, num_queries, head_dim);
   copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(
-      s_grad_out, head_rows<const Element>(params.grad_out, batch, head), params.grad_out.stride_row, row_begin,
+      s_query, head_rows<const Stored<Element>>(problem.query, batch, head), problem.query.stride_row, row_begin,
+      num_queries, head_dim);
+  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(
+      s_grad_out, head_rows<const Stored<Element>>(params.grad_out, batch, head), params.grad_out.stride_row, row_begin,
       num_queries, value_head_dim);
   ptx::cp_async_commit();
   const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);

@@ -104,9 +104,11 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
 
   const AttentionProblem& problem = params.problem;
   const int num_kv_heads = static_cast<int>(problem.num_kv_heads);
-  const int batch = blockIdx.z, kv_head = blockIdx.y % num_kv_heads, grad_chunk = blockIdx.y / num_kv_heads;
+  const uint3 block = block_at(params.order);
+  const int batch = block.z, grad_chunk = kGradChunk == kHeadDim ? 0 : block.y / num_kv_heads;
+  const int kv_head = block.y - grad_chunk * num_kv_heads;
   const int group_size = static_cast<int>(problem.num_heads) / num_kv_heads;
-  const int key_tile = blockIdx.x, key_begin = key_tile * Config::kBlockN;
+  const int key_tile = block.x, key_begin = key_tile * Config::kBlockN;
   const int warp = warp_id(), lane = lane_id();
   const int warp_key = key_begin + warp * Config::kKeysPerWarp;
   const int grad_begin = grad_chunk * kGradChunk;
@@ -127,12 +129,12 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
   const float* s_stats = reinterpret_cast<const float*>(smem + 2 * Config::kKeyBytes + 2 * Config::kQueryBytes);
 
   // Phase 1: keys and values stay in shared memory (their fragments would take the registers of dk and dv).
-  copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_key,
-                                                            head_rows<const Element>(problem.key, batch, kv_head),
-                                                            problem.key.stride_row, key_begin, key_end, head_dim);
   copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
-      s_value, head_rows<const Element>(problem.value, batch, kv_head), problem.value.stride_row, key_begin, key_end,
-      value_head_dim);
+      s_key, head_rows<const Stored<Element>>(problem.key, batch, kv_head), problem.key.stride_row, key_begin, key_end,
+      head_dim);
+  copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
+      s_value, head_rows<const Stored<Element>>(problem.value, batch, kv_head), problem.value.stride_row, key_begin,
+      key_end, value_head_dim);
   RowFragmentsInSmem<kCols, Config::kUnroll> key[kFragmentsM], value[kFragmentsM];
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) {
@@ -155,11 +157,11 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
       head_words, kv_head * group_size, group_size, mask_shape.group_words());
   const auto copy = [&](int stage) {
     const int head = blocks.head(), row_begin = blocks.row_begin();
-    copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_query + stage * kStageBytes,
-                                                              head_rows<const Element>(problem.query, batch, head),
-                                                              problem.query.stride_row, row_begin, num_rows, head_dim);
     copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(
-        s_grad_out + stage * kStageBytes, head_rows<const Element>(params.grad_out, batch, head),
+        s_query + stage * kStageBytes, head_rows<const Stored<Element>>(problem.query, batch, head),
+        problem.query.stride_row, row_begin, num_rows, head_dim);
+    copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(
+        s_grad_out + stage * kStageBytes, head_rows<const Stored<Element>>(params.grad_out, batch, head),
         params.grad_out.stride_row, row_begin, num_rows, value_head_dim);
     for (int i = threadIdx.x; i < Config::kBlockM; i += Config::kThreads) {
       const bool is_there = row_begin + i < num_rows;

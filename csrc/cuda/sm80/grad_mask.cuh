@@ -92,11 +92,13 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
 
     // Phase 1: the four tiles. Other blocks of the SM work meanwhile.
     const auto copy_rows = [&](uint32_t s_tile, const Rows& rows, int num_cols) {
-      copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_tile, head_rows<const Element>(rows, batch, head),
+      copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_tile,
+                                                                head_rows<const Stored<Element>>(rows, batch, head),
                                                                 rows.stride_row, row_begin, num_queries, num_cols);
     };
     const auto copy_keys = [&](uint32_t s_tile, const Rows& rows, int num_cols) {
-      copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_tile, head_rows<const Element>(rows, batch, kv_head),
+      copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_tile,
+                                                                head_rows<const Stored<Element>>(rows, batch, kv_head),
                                                                 rows.stride_row, key_begin, key_end, num_cols);
     };
     __syncthreads();  // all warps are done with the pair before

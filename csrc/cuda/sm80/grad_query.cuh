@@ -37,17 +37,15 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   constexpr int kCols = kTileCols<Element, kHeadDim>;
   using Config = GradQueryConfig<kCols, kHasMask>;
   constexpr int kFragmentsM = Config::kRowsPerWarp / kMmaM;
-  // Fewer steps of the products at a time where an operand has three parts.
-  using FragmentsInSmem = RowFragmentsInSmem<kCols, std::is_same_v<Element, float> ? 2 : 4>;
-  using QueryFragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kCols>, FragmentsInSmem>;
-  using GradOutFragments = std::conditional_t<Config::kGradOutInRegisters, RowFragments<kCols>, FragmentsInSmem>;
+  using QueryFragments = std::conditional_t<Config::kQueryInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
+  using GradOutFragments =
+      std::conditional_t<Config::kGradOutInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
   constexpr int kFragmentsN = Config::kKeysPerStep / kMmaN;
   constexpr int kStageBytes = Config::kBlockN * kCols * 2;
-  constexpr int kPartsPerTile = kMaskKeys / Config::kBlockN;
 
   const AttentionProblem& problem = params.problem;
-  const int batch = blockIdx.z, head = blockIdx.y;
-  const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const uint3 block = block_at(params.order);
+  const int batch = block.z, head = block.y, m_block = block.x;
   const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
   const int warp = warp_id(), lane = lane_id();
   const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * Config::kRowsPerWarp;
@@ -57,8 +55,8 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   const int head_dim = static_cast<int>(problem.head_dim), value_head_dim = static_cast<int>(problem.value_head_dim);
   const int key_end = range.max_visible_keys(row_begin, row_begin + Config::kBlockM);
   const int unmasked_end = range.num_visible_keys(max(warp_row, range.first_row_of(0)));
-  const Element* g_key = head_rows<const Element>(problem.key, batch, kv_head);
-  const Element* g_value = head_rows<const Element>(problem.value, batch, kv_head);
+  const auto* g_key = head_rows<const Stored<Element>>(problem.key, batch, kv_head);
+  const auto* g_value = head_rows<const Stored<Element>>(problem.value, batch, kv_head);
 
   // Shared memory: queries | grad_out | key ring | value ring.
   const uint32_t s_query = ptx::shared_address(dynamic_smem());
@@ -67,11 +65,11 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   const uint32_t s_value = s_key + Config::kKeyBytes;
 
   // Phase 1: what stays for the whole block.
-  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_query,
-                                                            head_rows<const Element>(problem.query, batch, head),
-                                                            problem.query.stride_row, row_begin, num_queries, head_dim);
   copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(
-      s_grad_out, head_rows<const Element>(params.grad_out, batch, head), params.grad_out.stride_row, row_begin,
+      s_query, head_rows<const Stored<Element>>(problem.query, batch, head), problem.query.stride_row, row_begin,
+      num_queries, head_dim);
+  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(
+      s_grad_out, head_rows<const Stored<Element>>(params.grad_out, batch, head), params.grad_out.stride_row, row_begin,
       num_queries, value_head_dim);
   ptx::cp_async_commit();
   const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
@@ -101,18 +99,11 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   // Phase 2: the live tiles, in parts of kBlockN keys, the copies one part ahead.
   const BlockMaskShape mask_shape(num_queries, range.num_keys);
   const int first_group = row_begin / kMaskRows;
-  LiveTiles tiles(params.block_mask + (batch * problem.num_heads + head) * mask_shape.row_words() +
-                      int64_t(first_group) * mask_shape.key_words(),
-                  min(Config::kBlockM / kMaskRows, mask_shape.num_row_groups - first_group), mask_shape.key_words(),
-                  ceil_div(key_end, kMaskKeys));
-  int tile = -1, part = kPartsPerTile - 1;
-  const auto next_key = [&] {
-    if (++part == kPartsPerTile) {
-      part = 0;
-      tile = tiles.next();
-    }
-    return tile < 0 ? -1 : tile * kMaskKeys + part * Config::kBlockN;
-  };
+  const LiveTiles tiles(params.block_mask + (batch * problem.num_heads + head) * mask_shape.row_words() +
+                            int64_t(first_group) * mask_shape.key_words(),
+                        min(Config::kBlockM / kMaskRows, mask_shape.num_row_groups - first_group),
+                        mask_shape.key_words(), ceil_div(key_end, kMaskKeys));
+  LiveParts<Config::kBlockN> parts(tiles);
   const auto copy = [&](int key_begin, int stage) {
     if (key_begin >= 0) {
       copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_key + stage * kStageBytes, g_key,
@@ -126,10 +117,10 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   float grad_query[kFragmentsM][kHeadDim / kMmaN][4];
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) clear(grad_query[i]);
-  int key_begin = next_key();
+  int key_begin = parts.next();
   copy(key_begin, 0);
   for (int stage = 0; key_begin >= 0; stage ^= 1) {
-    const int next_key_begin = next_key();
+    const int next_key_begin = parts.next();
     ptx::cp_async_wait<0>();
     __syncthreads();
     copy(next_key_begin, stage ^ 1);

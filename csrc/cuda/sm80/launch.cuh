@@ -9,6 +9,8 @@
 #include "cuda/any_arch/delta.cuh"
 #include "cuda/any_arch/row_sum.cuh"
 #include "cuda/any_arch/slab_sum.cuh"
+#include "cuda/any_arch/split_floats.cuh"
+#include "cuda/any_arch/work_order.cuh"
 #include "cuda/config.h"
 #include "cuda/launch_pass.cuh"
 #include "cuda/passes.h"
@@ -25,6 +27,7 @@ namespace adasplash2::cuda::sm80 {
 template <typename Element, int kHeadDim>
 struct Instance {
   static constexpr int kCols = kTileCols<Element, kHeadDim>;
+  static constexpr int kBlockRows = 64;
 
   // f(std::bool_constant) for whether there is a mask.
   template <typename Function>
@@ -34,6 +37,32 @@ struct Instance {
     } else {
       f(std::true_type());
     }
+  }
+
+  // Puts blocks of 64 rows, or of 64 keys in all heads of a group, in order of their live tiles.
+  static void order_blocks(WorkLevelsParams work, const WorkOrder& order, cudaStream_t stream) {
+    work.levels = order.levels;
+    const int64_t num_blocks = int64_t(work.grid.x) * work.grid.y * work.grid.z;
+    launch_kernel(work_levels_kernel, dim3(static_cast<unsigned>(ceil_div<int64_t>(num_blocks, kWorkLevelWarps))),
+                  dim3(kWorkLevelWarps * kWarpSize), 0, stream, work);
+    launch_kernel(work_order_kernel, dim3(1), dim3(kWorkOrderThreads), kWorkOrderBytes, stream,
+                  WorkOrderParams{work.grid, order.levels, order.blocks});
+  }
+  static void order_rows(const AttentionProblem& problem, const uint32_t* mask, dim3 grid, const WorkOrder& order,
+                         cudaStream_t stream) {
+    const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
+    const int block_words = kBlockRows / kMaskRows * shape.key_words();
+    order_blocks({mask, grid, static_cast<int>(problem.num_heads), 1, block_words, block_words, shape.row_words(), 0,
+                  shape.row_words()},
+                 order, stream);
+  }
+  static void order_columns(const AttentionProblem& problem, const uint32_t* mask, dim3 grid, const WorkOrder& order,
+                            cudaStream_t stream) {
+    const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
+    const int group_size = static_cast<int>(problem.num_heads / problem.num_kv_heads);
+    order_blocks({mask, grid, static_cast<int>(problem.num_kv_heads), group_size, shape.group_words(),
+                  shape.group_words(), group_size * shape.column_words(), shape.column_words(), shape.column_words()},
+                 order, stream);
   }
 
   static void scan(const Forward& call, const ForwardWorkspace& workspace) {
@@ -54,12 +83,14 @@ struct Instance {
     using Config = OutputConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     const int64_t num_chunks = ceil_div<int64_t>(problem.value_head_dim, kChunkOf<Element, Config::kValueChunk>);
+    static_assert(Config::kBlockM == kBlockRows, "blocks are ordered by those rows");
+    const dim3 grid =
+        grid_of(problem, ceil_div<int64_t>(problem.num_queries, kBlockRows), problem.num_heads * num_chunks);
+    order_rows(problem, workspace.scan_mask, grid, workspace.order, stream_of(call.stream));
     for_alpha_kind(problem, [&](auto kind) {
       for_mask(problem, [&](auto has_mask) {
-        launch_kernel(
-            output_kernel<Element, kHeadDim, kind(), has_mask()>,
-            grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads * num_chunks),
-            dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream), output_params(call, workspace));
+        launch_kernel(output_kernel<Element, kHeadDim, kind(), has_mask()>, grid, dim3(Config::kThreads),
+                      Config::kSmemBytes, stream_of(call.stream), output_params(call, workspace));
       });
     });
   }
@@ -74,13 +105,14 @@ struct Instance {
 
   static void grad_query(const Backward& call, const BackwardWorkspace& workspace) {
     const AttentionProblem& problem = call.problem;
+    const dim3 grid = grid_of(problem, ceil_div<int64_t>(problem.num_queries, kBlockRows), problem.num_heads);
+    order_rows(problem, call.block_mask, grid, workspace.order, stream_of(call.stream));
     for_alpha_kind(problem, [&](auto kind) {
       for_mask(problem, [&](auto has_mask) {
         using Config = GradQueryConfig<kCols, has_mask()>;
-        launch_kernel(grad_query_kernel<Element, kHeadDim, kind(), has_mask()>,
-                      grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
-                      dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream),
-                      grad_params(call, workspace, call.block_mask));
+        static_assert(Config::kBlockM == kBlockRows, "blocks are ordered by those rows");
+        launch_kernel(grad_query_kernel<Element, kHeadDim, kind(), has_mask()>, grid, dim3(Config::kThreads),
+                      Config::kSmemBytes, stream_of(call.stream), grad_params(call, workspace, call.block_mask));
       });
     });
   }
@@ -89,15 +121,15 @@ struct Instance {
     const AttentionProblem& problem = call.problem;
     if (problem.num_queries > 0) launch_mask_transpose(call, workspace);
     const int64_t largest_dim = problem.head_dim > problem.value_head_dim ? problem.head_dim : problem.value_head_dim;
+    const int64_t num_chunks = ceil_div<int64_t>(largest_dim, kChunkOf<Element, kMostAccumulatedCols<kCols>>);
+    const dim3 grid =
+        grid_of(problem, ceil_div<int64_t>(problem.num_keys, kMaskKeys), problem.num_kv_heads * num_chunks);
+    order_columns(problem, workspace.column_mask, grid, workspace.order, stream_of(call.stream));
     for_alpha_kind(problem, [&](auto kind) {
       for_mask(problem, [&](auto has_mask) {
         using Config = GradKeyValueConfig<kCols, has_mask()>;
-        const int64_t num_chunks = ceil_div<int64_t>(largest_dim, kChunkOf<Element, Config::kGradChunk>);
-        launch_kernel(
-            grad_key_value_kernel<Element, kHeadDim, kind(), has_mask()>,
-            grid_of(problem, ceil_div<int64_t>(problem.num_keys, kMaskKeys), problem.num_kv_heads * num_chunks),
-            dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream),
-            grad_params(call, workspace, workspace.column_mask));
+        launch_kernel(grad_key_value_kernel<Element, kHeadDim, kind(), has_mask()>, grid, dim3(Config::kThreads),
+                      Config::kSmemBytes, stream_of(call.stream), grad_params(call, workspace, workspace.column_mask));
       });
     });
   }
@@ -140,8 +172,20 @@ struct Instance {
     }
   }
 
+  static void split_floats(const SplitFloats& call) {
+    const int64_t num_threads = call.num_rows * (call.dim / kSplitCols);
+    if (num_threads == 0) return;
+    launch_kernel(split_floats_kernel,
+                  dim3(static_cast<unsigned>(ceil_div<int64_t>(num_threads, kSplitThreads)),
+                       static_cast<unsigned>(call.num_heads), static_cast<unsigned>(call.batch)),
+                  dim3(kSplitThreads), 0, stream_of(call.stream),
+                  SplitFloatsParams{call.num_rows, static_cast<int>(call.dim), call.rows, call.parts});
+  }
+
   static constexpr Passes passes(DataType dtype) {
-    return {dtype, kHeadDim, nullptr, scan, output, delta, grad_query, grad_key_value, grad_alpha, grad_mask};
+    return {dtype,          kHeadDim,   nullptr,  kPartsOf<Element> == 3 ? split_floats : nullptr,
+            scan,           output,     delta,    grad_query,
+            grad_key_value, grad_alpha, grad_mask};
   }
 };
 

@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
     output_kernel(const OutputParams params) {
   constexpr int kCols = kTileCols<Element, kHeadDim>;
   using Config = OutputConfig<kCols>;
-  using Fragments =
-      std::conditional_t<Config::template kQueryInRegisters<kKind>, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
+  using Fragments = std::conditional_t<Config::template kQueryInRegisters<kKind>, RowFragments<kCols>,
+                                       RowFragmentsInSmem<kCols, Config::kUnroll>>;
   constexpr int kValueChunk = kChunkOf<Element, Config::kValueChunk>;
   constexpr int kKeysPerStep = Config::template kKeysPerStep<kKind, kHasMask>;
   constexpr int kFragmentsN = kKeysPerStep / kMmaN;
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
 
   const AttentionProblem& problem = params.problem;
   const int num_heads = static_cast<int>(problem.num_heads);
-  const int batch = blockIdx.z, head = blockIdx.y % num_heads, value_chunk = blockIdx.y / num_heads;
-  const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const uint3 block = block_at(params.order);
+  const int batch = block.z, head = block.y % num_heads, value_chunk = block.y / num_heads, m_block = block.x;
   const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
   const int warp = warp_id(), lane = lane_id();
   const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * kMaskRows;
@@ -104,9 +104,9 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   const int num_queries = range.num_queries, head_dim = static_cast<int>(problem.head_dim);
   const int key_end = range.max_visible_keys(row_begin, row_begin + Config::kBlockM);
   const int unmasked_end = range.num_visible_keys(max(warp_row, range.first_row_of(0)));
-  const Element* g_query = head_rows<const Element>(problem.query, batch, head);
-  const Element* g_key = head_rows<const Element>(problem.key, batch, kv_head);
-  const Element* g_value = head_rows<const Element>(problem.value, batch, kv_head) + value_begin;
+  const auto* g_query = head_rows<const Stored<Element>>(problem.query, batch, head);
+  const auto* g_key = head_rows<const Stored<Element>>(problem.key, batch, kv_head);
+  const auto* g_value = head_rows<const Stored<Element>>(problem.value, batch, kv_head) + value_begin;
   const int64_t head_row = row_index(problem, batch, head, 0);
 
   const BlockMaskShape mask_shape(num_queries, range.num_keys);
@@ -126,14 +126,13 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   const uint32_t s_value = s_key + Config::kKeyBytes;
   int* s_flags = reinterpret_cast<int*>(smem + Config::kQueryBytes + Config::kKeyBytes + Config::kValueBytes);
 
-  const auto copy_keys = [&](int tile, int stage) {
-    copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
-        s_key + stage * kKeyStageBytes, g_key, problem.key.stride_row, tile * Config::kBlockN, key_end, head_dim);
+  const auto copy_keys = [&](int key_begin, int stage) {
+    copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_key + stage * kKeyStageBytes, g_key,
+                                                              problem.key.stride_row, key_begin, key_end, head_dim);
   };
-  const auto copy_values = [&](int tile, int stage) {
+  const auto copy_values = [&](int key_begin, int stage) {
     copy_tile_async<Config::kBlockN, Config::kValueChunk, Config::kThreads>(
-        s_value + stage * kValueStageBytes, g_value, problem.value.stride_row, tile * Config::kBlockN, key_end,
-        num_value_cols);
+        s_value + stage * kValueStageBytes, g_value, problem.value.stride_row, key_begin, key_end, num_value_cols);
   };
 
   // Phase 1: the queries and what the scan found.
@@ -160,27 +159,28 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   Fragments query;
   query.load(s_query, warp * kMmaM);
 
-  // Runs body(tile, stage) over the live tiles, the copies one tile ahead.
-  const auto for_each_live_tile = [&](const auto& copy, const auto& body) {
-    LiveTiles tiles = live_tiles();
-    int tile = tiles.next();
-    if (tile >= 0) copy(tile, 0);
+  // Runs body(first key, stage) over the live tiles, in parts of kBlockN keys, the copies one part ahead.
+  const auto for_each_live_part = [&](const auto& copy, const auto& body) {
+    LiveParts<Config::kBlockN> parts(live_tiles());
+    int key_begin = parts.next();
+    if (key_begin >= 0) copy(key_begin, 0);
     ptx::cp_async_commit();
-    for (int stage = 0; tile >= 0; stage ^= 1) {
-      const int next_tile = tiles.next();
+    for (int stage = 0; key_begin >= 0; stage ^= 1) {
+      const int next_key_begin = parts.next();
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if (next_tile >= 0) copy(next_tile, stage ^ 1);
+      if (next_key_begin >= 0) copy(next_key_begin, stage ^ 1);
       ptx::cp_async_commit();
-      body(tile, stage);
-      tile = next_tile;
+      body(key_begin, stage);
+      key_begin = next_key_begin;
     }
     __syncthreads();  // the stages are free again
   };
 
-  const auto compute_gaps = [&](float (&gap)[kFragmentsN][4], int tile, int stage, int first_key, LaneSums& sums) {
+  const auto compute_gaps = [&](float (&gap)[kFragmentsN][4], int part_begin, int stage, int first_key,
+                                LaneSums& sums) {
     multiply_transposed<Element, kCols>(gap, query, s_key + stage * kKeyStageBytes + first_key * kCols * 2);
-    const int key_begin = tile * Config::kBlockN + first_key;
+    const int key_begin = part_begin + first_key;
     if constexpr (kHasMask) {
       const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
       mask.apply_to(gap, warp_row, key_begin, range.num_visible_keys(warp_row + accumulator_row(lane, 0)),
@@ -192,11 +192,11 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   // Phase 2, only where the scan flagged a row: exact row sums move every tau0 of the block up, never past tau.
   for (int pass = 0; is_coarse && pass < kMaxRefinements; ++pass) {
     LaneSums sums;
-    for_each_live_tile(copy_keys, [&](int tile, int stage) {
+    for_each_live_part(copy_keys, [&](int key_begin, int stage) {
 #pragma unroll 1
       for (int first_key = 0; first_key < Config::kBlockN; first_key += kKeysPerStep) {
         float gap[kFragmentsN][4];
-        if (!compute_gaps(gap, tile, stage, first_key, sums)) continue;
+        if (!compute_gaps(gap, key_begin, stage, first_key, sums)) continue;
 #pragma unroll
         for (int n = 0; n < kFragmentsN; ++n) {
 #pragma unroll
@@ -237,16 +237,17 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   clear(sum_prob_v);
   clear(sum_weight_v);
   LaneSums sums;
-  const auto copy_keys_and_values = [&](int tile, int stage) {
-    copy_keys(tile, stage);
-    copy_values(tile, stage);
+  const auto copy_keys_and_values = [&](int key_begin, int stage) {
+    copy_keys(key_begin, stage);
+    copy_values(key_begin, stage);
   };
-  for_each_live_tile(copy_keys_and_values, [&](int tile, int stage) {
+  for_each_live_part(copy_keys_and_values, [&](int key_begin, int stage) {
+    const int tile = key_begin / kMaskKeys;
     finish_words_before(mask_word(tile));
 #pragma unroll 1
     for (int first_key = 0; first_key < Config::kBlockN; first_key += kKeysPerStep) {
       float gap[kFragmentsN][4];
-      if (!compute_gaps(gap, tile, stage, first_key, sums)) continue;
+      if (!compute_gaps(gap, key_begin, stage, first_key, sums)) continue;
       mask_bits |= mask_bit(tile);
       const uint32_t s_tile = s_value + stage * kValueStageBytes + first_key * Config::kValueChunk * 2;
 #pragma unroll

@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
   constexpr int kCols = kTileCols<Element, kHeadDim>;
   using Config = ScanConfig<kCols>;
   constexpr int kFragmentsM = Config::kRowsPerWarp / kMmaM;
-  constexpr int kKeysPerStep = Config::template kKeysPerStep<Element>;
+  constexpr int kKeysPerStep = Config::kKeysPerStep;
   constexpr int kFragmentsN = kKeysPerStep / kMmaN;
   constexpr int kStageBytes = Config::kBlockN * kCols * 2;
   constexpr float kLeastShare = 1.0f / 16.0f;  // to conclude from, on keys to come
@@ -384,8 +384,8 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
   const int num_queries = range.num_queries, head_dim = static_cast<int>(problem.head_dim);
   const int key_end = range.max_visible_keys(row_begin, row_begin + Config::kBlockM);
   const int num_tiles = ceil_div(key_end, kMaskKeys);
-  const Element* g_query = head_rows<const Element>(problem.query, batch, head);
-  const Element* g_key = head_rows<const Element>(problem.key, batch, kv_head);
+  const auto* g_query = head_rows<const Stored<Element>>(problem.query, batch, head);
+  const auto* g_key = head_rows<const Stored<Element>>(problem.key, batch, kv_head);
 
   // Shared memory: key ring | histograms | hits | snapshots | keys that a row sees.
   uint8_t* smem = dynamic_smem();
@@ -410,7 +410,7 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
   const float scale = score_scale(problem);
   if (scale < 0.0f) {  // scores must grow with z
 #pragma unroll
-    for (int i = 0; i < kFragmentsM; ++i) query[i].template negate<Element>();
+    for (int i = 0; i < kFragmentsM; ++i) query[i].negate();
   }
 
   const auto copy_keys = [&](int key_begin, int stage) {

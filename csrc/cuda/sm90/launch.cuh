@@ -121,7 +121,7 @@ struct Instance {
   }
 
   static constexpr Passes passes(DataType dtype) {
-    return {dtype, kHeadDim, runs_here, scan, output, nullptr, grad_query, grad_key_value};
+    return {dtype, kHeadDim, runs_here, nullptr, scan, output, nullptr, grad_query, grad_key_value};
   }
 };
 

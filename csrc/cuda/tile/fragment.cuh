@@ -1,6 +1,5 @@
-// Which lane holds what of an mma.m16n8k16, and how fragments come out of a SwizzledTile. 16 columns of floats are two
-// fragments of the tile: a lane then holds the columns c, c + 4, c + 8 and c + 12, c = lane % 4, in the places of four
-// others. k is a sum, so that does not matter as long as both factors do it.
+// Which lane holds what of an mma.m16n8k16, and how fragments come out of a SwizzledTile. A fragment of floats is three
+// of the tile: one of each part.
 //
 //   accumulator (16 x 8)      value e of a lane: row lane / 4 + 8 * (e / 2), column 2 * (lane % 4) + e % 2
 //   A from rows [m][k]        load_a:  16 rows x 16 columns
@@ -53,6 +52,20 @@ __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], uint32_t s_t
   ptx::ldmatrix_x4_trans(b, s_tile + SwizzledTile<kCols>::offset(row + lane % 16, chunk + lane / 16));
 }
 
+template <int kN>
+__device__ __forceinline__ void clear(float (&acc)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) acc[n][e] = 0.0f;
+  }
+}
+
+__device__ __forceinline__ void add(float (&acc)[4], const float (&other)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) acc[e] += other[e];
+}
+
 // A fragment as mma.m16n8k16 takes it: A, or two n8 fragments of B.
 template <typename Element>
 struct MmaOperand {
@@ -80,33 +93,47 @@ struct MmaOperand<float> {
   }
 };
 
-// acc += A * B, with the first or the second of the two n8 fragments that an operand B holds.
+// Two accumulators += A * B: one for each of the two n8 fragments that an operand B holds.
 template <typename Element>
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const MmaOperand<Element>& a,
-                                             const MmaOperand<Element>& b, int which) {
-  ptx::mma_m16n8k16<Element>(acc, a.value, b.value[2 * which], b.value[2 * which + 1]);
+__device__ __forceinline__ void multiply_add(float (&first)[4], float (&second)[4], const MmaOperand<Element>& a,
+                                             const MmaOperand<Element>& b) {
+  ptx::mma_m16n8k16<Element>(first, a.value, b.value[0], b.value[1]);
+  ptx::mma_m16n8k16<Element>(second, a.value, b.value[2], b.value[3]);
 }
 
-// Of the nine products of two sums of three the six largest are formed, the small ones first: what is left out is below
-// 2^-24 of the whole.
+// A product of floats is six of the nine products of their parts; what is left out is below 2^-24 of it. One of them is
+// of its size, five are below 2^-7 of it.
 // NOTE: the tensor cores round towards zero (H200, 2026-11-23: they cut every term 25 bits below the largest, and the
-// sum to 24 bits), so a long sum of one sign would drift by half a unit of its own a step. Each step's products are
-// therefore added up by themselves, and to the sum as floats are.
-template <>
-__device__ __forceinline__ void multiply_add(float (&acc)[4], const MmaOperand<float>& a, const MmaOperand<float>& b,
-                                             int which) {
-  float step[4] = {};
+// sum to 24 bits), so a long sum of one sign drifts by half a unit of its own a step. That is nothing in a sum of small
+// products; a few steps of the large ones are added up by themselves, and to the whole as floats are.
+__device__ __forceinline__ void multiply_add_large(float (&first)[4], float (&second)[4], const MmaOperand<float>& a,
+                                                   const MmaOperand<float>& b) {
+  ptx::mma_m16n8k16<__nv_bfloat16>(first, a.high, b.high[0], b.high[1]);
+  ptx::mma_m16n8k16<__nv_bfloat16>(second, a.high, b.high[2], b.high[3]);
+}
+
+__device__ __forceinline__ void multiply_add_small(float (&first)[4], float (&second)[4], const MmaOperand<float>& a,
+                                                   const MmaOperand<float>& b) {
   const auto multiply = [&](const uint32_t (&left)[4], const uint32_t (&right)[4]) {
-    ptx::mma_m16n8k16<__nv_bfloat16>(step, left, right[2 * which], right[2 * which + 1]);
+    ptx::mma_m16n8k16<__nv_bfloat16>(first, left, right[0], right[1]);
+    ptx::mma_m16n8k16<__nv_bfloat16>(second, left, right[2], right[3]);
   };
   multiply(a.low, b.high);
   multiply(a.high, b.low);
   multiply(a.middle, b.middle);
   multiply(a.middle, b.high);
   multiply(a.high, b.middle);
-  multiply(a.high, b.high);
-#pragma unroll
-  for (int e = 0; e < 4; ++e) acc[e] += step[e];
+}
+
+template <>
+__device__ __forceinline__ void multiply_add(float (&first)[4], float (&second)[4], const MmaOperand<float>& a,
+                                             const MmaOperand<float>& b) {
+  float step[2][4];
+  clear(step);
+  multiply_add_small(step[0], step[1], a, b);
+  multiply_add_large(step[0], step[1], a, b);
+  add(first, step[0]);
+  add(second, step[1]);
 }
 
 // Two accumulators side by side (16 x 16), rounded to the input type, are an A fragment of the next product.
@@ -116,15 +143,6 @@ __device__ __forceinline__ void accumulators_to_a(uint32_t (&a)[4], const float 
   a[1] = ptx::pack<Element>(left[2], left[3]);
   a[2] = ptx::pack<Element>(right[0], right[1]);
   a[3] = ptx::pack<Element>(right[2], right[3]);
-}
-
-template <int kN>
-__device__ __forceinline__ void clear(float (&acc)[kN][4]) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) acc[n][e] = 0.0f;
-  }
 }
 
 // 16 rows, kCols columns of A in registers.
@@ -141,9 +159,8 @@ struct RowFragments {
 #pragma unroll
     for (int i = 0; i < 4; ++i) fragment[i] = a[k][i];
   }
-  template <typename Element>
   __device__ __forceinline__ void negate() {
-    constexpr uint32_t kSigns = sizeof(Element) == 2 ? 0x80008000u : 0x80000000u;
+    constexpr uint32_t kSigns = 0x80008000u;
 #pragma unroll
     for (int k = 0; k < kCols / kMmaK; ++k) {
 #pragma unroll
@@ -170,42 +187,43 @@ struct RowFragmentsInSmem {
 
 // Steps of 16 along k in a tile of kCols columns.
 template <typename Element, int kCols>
-constexpr int kStepsOf = kCols * 2 / static_cast<int>(sizeof(Element)) / kMmaK;
+constexpr int kStepsOf = kCols / kPartsOf<Element> / kMmaK;
 
-// 16 rows of A at step k.
-template <typename Element, typename Fragments>
-__device__ __forceinline__ MmaOperand<Element> operand_a(const Fragments& rows, int k) {
+// The operand at step k; load(registers, step in the tile) loads a fragment of it.
+template <typename Element, int kCols, typename Load>
+__device__ __forceinline__ MmaOperand<Element> load_operand(int k, const Load& load) {
   MmaOperand<Element> operand;
-  if constexpr (std::is_same_v<Element, float>) {
-    uint32_t left[4], right[4];
-    rows.get(left, 2 * k);
-    rows.get(right, 2 * k + 1);
-    operand.split(0, __uint_as_float(left[0]), __uint_as_float(left[2]));
-    operand.split(1, __uint_as_float(left[1]), __uint_as_float(left[3]));
-    operand.split(2, __uint_as_float(right[0]), __uint_as_float(right[2]));
-    operand.split(3, __uint_as_float(right[1]), __uint_as_float(right[3]));
+  if constexpr (kPartsOf<Element> == 3) {
+    load(operand.high, k);
+    load(operand.middle, k + kStepsOf<Element, kCols>);
+    load(operand.low, k + 2 * kStepsOf<Element, kCols>);
   } else {
-    rows.get(operand.value, k);
+    load(operand.value, k);
   }
   return operand;
 }
 
-// 16 rows of a tile at step k, transposed.
-template <typename Element, int kCols>
-__device__ __forceinline__ MmaOperand<Element> operand_b(uint32_t s_tile, int row, int k) {
-  MmaOperand<Element> operand;
-  if constexpr (std::is_same_v<Element, float>) {
-    uint32_t left[4], right[4];
-    load_b<kCols>(left, s_tile, row, 2 * k);
-    load_b<kCols>(right, s_tile, row, 2 * k + 1);
-    operand.split(0, __uint_as_float(left[0]), __uint_as_float(left[1]));
-    operand.split(1, __uint_as_float(right[0]), __uint_as_float(right[1]));
-    operand.split(2, __uint_as_float(left[2]), __uint_as_float(left[3]));
-    operand.split(3, __uint_as_float(right[2]), __uint_as_float(right[3]));
-  } else {
-    load_b<kCols>(operand.value, s_tile, row, k);
+// body(k, a, n, b) for all steps k along the columns of `rows` and of a tile of 8 kN rows: a are the operands of the 16
+// kM rows, b that of the fragments n and n + 1 of the tile.
+template <typename Element, int kCols, int kN, int kM, typename Fragments, typename Body>
+__device__ __forceinline__ void for_each_operands(const Fragments (&rows)[kM], uint32_t s_tile, const Body& body) {
+  static_assert(kN % 2 == 0, "an operand B holds two fragments");
+#pragma unroll(Fragments::kUnroll)
+  for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
+    // NOTE: lets no load of this step move up to those before: operands of several steps at once would spill registers.
+    if constexpr (kPartsOf<Element> > 1) __syncwarp();
+    MmaOperand<Element> a[kM];
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+      a[i] = load_operand<Element, kCols>(k, [&](uint32_t (&fragment)[4], int step) { rows[i].get(fragment, step); });
+    }
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      const auto b = load_operand<Element, kCols>(
+          k, [&](uint32_t (&fragment)[4], int step) { load_b<kCols>(fragment, s_tile, n * kMmaN, step); });
+      body(k, a, n, b);
+    }
   }
-  return operand;
 }
 
 // acc (16 kM x 8 kN) = A * tile^T, for a tile of 8 kN rows and kCols columns. Each fragment of the tile feeds kM rows
@@ -213,25 +231,39 @@ __device__ __forceinline__ MmaOperand<Element> operand_b(uint32_t s_tile, int ro
 template <typename Element, int kCols, int kM, int kN, typename Fragments>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[kM][kN][4], const Fragments (&rows)[kM],
                                                     uint32_t s_tile) {
-  static_assert(kN % 2 == 0, "an operand B holds two fragments");
 #pragma unroll
   for (int i = 0; i < kM; ++i) clear(acc[i]);
-#pragma unroll(Fragments::kUnroll * 2 / static_cast<int>(sizeof(Element)))
-  for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
-    // NOTE: lets no load of this step move up to those before: parts of several steps at once would spill registers.
-    if constexpr (std::is_same_v<Element, float>) __syncwarp();
-    MmaOperand<Element> a[kM];
+  if constexpr (kPartsOf<Element> == 1) {
+    for_each_operands<Element, kCols, kN>(rows, s_tile, [&](int, const auto& a, int n, const auto& b) {
 #pragma unroll
-    for (int i = 0; i < kM; ++i) a[i] = operand_a<Element>(rows[i], k);
+      for (int i = 0; i < kM; ++i) multiply_add(acc[i][n], acc[i][n + 1], a[i], b);
+    });
+  } else {
+    constexpr int kLargeSteps = 2;
+    static_assert(kStepsOf<Element, kCols> % kLargeSteps == 0 && Fragments::kUnroll % kLargeSteps == 0,
+                  "no step is left");
+    float small[kM][kN][4], large[kM][kN][4];
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      if constexpr (std::is_same_v<Element, float>) __syncwarp();
-      const auto b = operand_b<Element, kCols>(s_tile, n * kMmaN, k);
+    for (int i = 0; i < kM; ++i) clear(small[i]);
+    for_each_operands<Element, kCols, kN>(rows, s_tile, [&](int k, const auto& a, int n, const auto& b) {
 #pragma unroll
       for (int i = 0; i < kM; ++i) {
-        multiply_add(acc[i][n], a[i], b, 0);
-        multiply_add(acc[i][n + 1], a[i], b, 1);
+#pragma unroll
+        for (int m = n; m < n + 2; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) large[i][m][e] = k % kLargeSteps == 0 ? 0.0f : large[i][m][e];
+        }
+        multiply_add_small(small[i][n], small[i][n + 1], a[i], b);
+        multiply_add_large(large[i][n], large[i][n + 1], a[i], b);
+        if (k % kLargeSteps < kLargeSteps - 1) continue;
+        add(acc[i][n], large[i][n]);
+        add(acc[i][n + 1], large[i][n + 1]);
       }
+    });
+#pragma unroll
+    for (int i = 0; i < kM; ++i) {
+#pragma unroll
+      for (int n = 0; n < kN; ++n) add(acc[i][n], small[i][n]);
     }
   }
 }
@@ -259,33 +291,12 @@ __device__ __forceinline__ MmaOperand<Element> operand_of_accumulators(const flo
   return operand;
 }
 
-// 16 rows and 16 columns of a tile. ldmatrix transposes 16-bit elements only: floats are loaded one by one, eight rows
-// by four different banks at a time.
+// 16 rows and 16 columns of a tile.
 template <typename Element, int kCols>
 __device__ __forceinline__ MmaOperand<Element> operand_b_of_columns(uint32_t s_tile, int first_row, int first_col) {
-  MmaOperand<Element> operand;
-  if constexpr (std::is_same_v<Element, float>) {
-    const uint8_t* smem = dynamic_smem() + (s_tile - ptx::shared_address(dynamic_smem()));
-    const int lane = lane_id();
-    // Where the lane's column of columns 0 to 7 lies in row `parity` of its pair; all others lie constants away, with
-    // bits of the chunk inverted. Said so, ptxas keeps far fewer addresses in registers.
-    const auto lane_offset = [&](int parity) {
-      return SwizzledTile<kCols>::offset(accumulator_col(lane, parity), lane / 16) + lane / 4 % 4 * 4;
-    };
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = first_row + i % 2 * 8, chunk = first_col / 4 + i / 2 * 2;
-      const auto load = [&](int parity) {
-        const uint32_t offset =
-            SwizzledTile<kCols>::offset(row, chunk / 8 * 8) + (lane_offset(parity) ^ (chunk % 8 * kChunkBytes));
-        return *reinterpret_cast<const float*>(smem + offset);
-      };
-      operand.split(i, load(0), load(1));
-    }
-  } else {
-    load_b_transposed<kCols>(operand.value, s_tile, first_row, first_col / kMmaN);
-  }
-  return operand;
+  return load_operand<Element, kCols>(first_col / kMmaK, [&](uint32_t (&fragment)[4], int step) {
+    load_b_transposed<kCols>(fragment, s_tile, first_row, step * kMmaK / kMmaN);
+  });
 }
 
 // acc (16 kM x 8 kN) += left (16 kM x 16) * 16 rows of the tile from first_row on, 8 kN columns from first_col on.
@@ -294,12 +305,11 @@ __device__ __forceinline__ void multiply_add(float (&acc)[kM][kN][4], const MmaO
                                              uint32_t s_tile, int first_row, int first_col) {
 #pragma unroll
   for (int n = 0; n < kN; n += 2) {
-    if constexpr (std::is_same_v<Element, float>) __syncwarp();  // as in multiply_transposed()
+    if constexpr (kPartsOf<Element> > 1) __syncwarp();  // as in multiply_transposed()
     const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row, first_col + n * kMmaN);
 #pragma unroll
     for (int i = 0; i < kM; ++i) {
-      multiply_add(acc[i][n], left[i], b, 0);
-      multiply_add(acc[i][n + 1], left[i], b, 1);
+      multiply_add(acc[i][n], acc[i][n + 1], left[i], b);
     }
   }
 }
@@ -312,12 +322,11 @@ __device__ __forceinline__ void multiply_add_both(float (&acc)[kN][4], const Mma
                                                   uint32_t s_tile, int first_row) {
 #pragma unroll
   for (int n = 0; n < kN; n += 2) {
-    if constexpr (std::is_same_v<Element, float>) __syncwarp();
+    if constexpr (kPartsOf<Element> > 1) __syncwarp();
     const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row, n * kMmaN);
-    multiply_add(acc[n], left, b, 0);
-    multiply_add(acc[n + 1], left, b, 1);
-    multiply_add(other_acc[n], other_left, b, 0);
-    multiply_add(other_acc[n + 1], other_left, b, 1);
+    multiply_add(acc[n], acc[n + 1], left, b);
+    if constexpr (kPartsOf<Element> > 1) __syncwarp();
+    multiply_add(other_acc[n], other_acc[n + 1], other_left, b);
   }
 }
 

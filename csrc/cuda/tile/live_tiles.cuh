@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "math/block_mask.h"
+
 namespace adasplash2::cuda {
 
 // Indices i < num_bits, ascending, whose bit is set in any of num_rows rows of `words_per_row` words. Every thread of a
@@ -30,6 +32,27 @@ class LiveTiles {
   int num_rows_, words_per_row_, num_words_;
   int word_ = -1;
   uint32_t bits_ = 0;
+};
+
+// The same in parts of kBlockN keys, of which a tile has one or more: where they begin.
+template <int kBlockN>
+class LiveParts {
+ public:
+  __device__ __forceinline__ explicit LiveParts(const LiveTiles& tiles) : tiles_(tiles) {}
+
+  // The first key of the next part, or -1 when there is none.
+  __device__ __forceinline__ int next() {
+    static_assert(kMaskKeys % kBlockN == 0, "a tile is whole parts");
+    if (++part_ == kMaskKeys / kBlockN) {
+      part_ = 0;
+      tile_ = tiles_.next();
+    }
+    return tile_ < 0 ? -1 : tile_ * kMaskKeys + part_ * kBlockN;
+  }
+
+ private:
+  LiveTiles tiles_;
+  int tile_ = -1, part_ = kMaskKeys / kBlockN - 1;
 };
 
 }  // namespace adasplash2::cuda
