@@ -203,7 +203,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dtype": ["bfloat16"],
         "causal": ["no", "yes"],
         "support": [100.0, DENSE],
-        "live": [0.05, 0.1, 0.2, 0.4, 0.6],
+        "live": [0.05, 0.1, 0.2, 0.4, 0.5, 0.6],
         "tokens": 65536,
         "rounds": 7,
     },
