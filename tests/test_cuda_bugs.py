@@ -22,6 +22,7 @@ HISTOGRAM, ENTMAX, WORK_RANGE = "csrc/math/histogram.h", "csrc/math/entmax.h", "
 REFINEMENT = "csrc/math/refinement.h"
 SM90_OUTPUT, SM90_GRAD_QUERY = "csrc/cuda/sm90/output.cuh", "csrc/cuda/sm90/grad_query.cuh"
 LIVE_KEY_TILES, WARPGROUP = "csrc/cuda/sm90/live_key_tiles.cuh", "csrc/cuda/sm90/warpgroup.cuh"
+SM90_SCAN, SM90_REFINE = "csrc/cuda/sm90/scan.cuh", "csrc/cuda/sm90/refine.cuh"
 RING, SM90_GRAD_KEY_VALUE = "csrc/cuda/sm90/ring.cuh", "csrc/cuda/sm90/grad_key_value.cuh"
 
 BUGS = {
@@ -171,6 +172,18 @@ BUGS = {
     ),
     "sm90 keys: the first of a group's heads alone": Patch(
         SM90_GRAD_KEY_VALUE, "head < first_head + group_size; ++head", "head < first_head + 1; ++head"
+    ),
+    "sm90: votes are counted before all are cast": Patch(
+        SM90_REFINE, "ptx::mbarrier_wait(s_smem + Smem::kVoted, pass % 2);", ""
+    ),
+    "sm90: a warp votes for itself alone": Patch(
+        SM90_REFINE, "s_votes(pass)[consumer * kWarpgroupWarps + warp] = is_rough", "s_votes(pass)[warp] = is_rough"
+    ),
+    "sm90: rows past the end of the queries are refined": Patch(
+        SM90_REFINE, "row < range.num_queries) params.tau", "row < range.num_queries + 64) params.tau"
+    ),
+    "sm90: one half of a tile is added up for the other": Patch(
+        SM90_SCAN, "bounds.template add<kMaskKeys, Config::kBlockN>(", "bounds.template add<0, kMaskKeys>("
     ),
 }  # fmt: skip
 
