@@ -70,8 +70,8 @@ BUGS = {
     ),
     "a value tile is read in flight": Patch(
         OUTPUT,
-        "ptx::cp_async_wait<0>();\n      __syncthreads();\n      if (next_tile",
-        "__syncthreads();\n      if (next_tile",
+        "ptx::cp_async_wait<0>();\n      __syncthreads();\n      if (next_key_begin",
+        "__syncthreads();\n      if (next_key_begin",
     ),
     "the mask loses a word": Patch(OUTPUT, "finish_words_before(mask_shape.key_words());", ""),
     "delta has the wrong sign": Patch(
