@@ -17,9 +17,11 @@ enum class Path : int32_t { kAuto, kSm80, kSm90 };
 
 struct Forward {
   AttentionProblem problem;
-  Rows out;              // (B, H, Nq, Dv)
-  Rows gap_mean_v;       // (B, H, Nq, Dv), data nullable: saved for the backward pass
-  float* tau = nullptr;  // (B, H, Nq) contiguous; +inf for a row without keys, NaN for a row with a NaN score
+  Rows out;         // (B, H, Nq, Dv)
+  Rows gap_mean_v;  // (B, H, Nq, Dv), data nullable: saved for the backward pass
+  // (B, H, Nq) contiguous; +inf for a row without keys, NaN for a row with a NaN score. As near as out needs it where
+  // neither gap_mean_v nor support_size is wanted.
+  float* tau = nullptr;
   int32_t* support_size = nullptr;  // (B, H, Nq) contiguous, nullable: keys with gap > 0 before the last step for tau
   uint32_t* block_mask = nullptr;   // block_mask_bytes(problem), by rows (math/block_mask.h)
   void* workspace = nullptr;  // forward_workspace_bytes(problem), 16-byte aligned; free again once the pass is done

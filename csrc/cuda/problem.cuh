@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cuda/pass_params.h"
+#include "cuda/tile/row_reduce.cuh"
 #include "math/entmax.h"
 #include "math/work_range.h"
 #include "params.h"
@@ -59,8 +60,8 @@ constexpr float kLargestTauError = std::is_same_v<Element, __half> ? 0x1p-11f : 
 // saves the pointers of a dozen tensors in each thread's own.
 __device__ __forceinline__ uint3 block_at(const BlockAt* order) {
   const BlockAt block = order[blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z)];
-  const uint32_t y_and_z = __reduce_max_sync(0xffffffffu, block.y_and_z);
-  return {__reduce_max_sync(0xffffffffu, block.x), y_and_z & 0xffffu, y_and_z >> 16};
+  const uint32_t y_and_z = __reduce_max_sync(kAllLanes, block.y_and_z);
+  return {__reduce_max_sync(kAllLanes, block.x), y_and_z & 0xffffu, y_and_z >> 16};
 }
 
 // Index of a row in a contiguous (B, H, Nq) tensor.

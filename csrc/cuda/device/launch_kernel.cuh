@@ -31,10 +31,11 @@ void launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem
                    Args&&... args) {
   constexpr size_t kSmemWithoutOptIn = 48 * 1024;
   if (smem_bytes > kSmemWithoutOptIn) {
-    require_smem(smem_bytes);
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(smem_bytes)),
-               "cudaFuncSetAttribute");
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(smem_bytes));
+    if (status != cudaSuccess) require_smem(smem_bytes);
+    check_cuda(status, "cudaFuncSetAttribute");
   }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
