@@ -24,7 +24,7 @@ from adasplash2.reference import AttentionAux
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_INSTANCES = ROOT / "tests" / "kernels" / "all_instances.cu"
-ONE_INSTANCE = ROOT / "tests" / "kernels" / "one_instance.cu"
+ONE_INSTANCE = {path: ROOT / "tests" / "kernels" / f"one_instance_{path}.cu" for path in ("sm80", "sm90")}
 ENTMAX = ROOT / "tests" / "kernels" / "entmax.cu"
 
 PATHS = ("auto", "sm80", "sm90")  # cuda::Path
