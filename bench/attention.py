@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -74,7 +75,13 @@ class Result:
 
 
 def measure_shape(
-    shape: Shape, datas: Sequence[Data], passes: Sequence[str], device: str, rounds: int, candidates: Sequence[Peer]
+    shape: Shape,
+    datas: Sequence[Data],
+    passes: Sequence[str],
+    device: str,
+    rounds: int,
+    patience_ms: float,
+    candidates: Sequence[Peer],
 ) -> Iterator[Result]:
     """All cases of one shape in turns with each other; a peer indifferent to the data runs once for all of them."""
     inputs = {data: make_inputs(shape, data, device) for data in datas}
@@ -91,7 +98,8 @@ def measure_shape(
                 for (peer, data), x in runners.items()
                 if peer.is_dense == is_dense
             }
-            samples |= timing.measure(functions, device=device, rounds=rounds, warmup=1 if is_dense else 2)
+            warmup = 1 if is_dense else 2
+            samples |= timing.measure(functions, device=device, rounds=rounds, warmup=warmup, patience_ms=patience_ms)
         for data in datas:
             of_data = {peer.name: samples[f"{peer.name}/{own}"] for peer, own in runners if own is None or own == data}
             yield Result(
@@ -103,11 +111,12 @@ def _pass(which: str, peer: Peer, inputs: Inputs, shape: Shape) -> timing.Functi
     arguments = (inputs.query, inputs.key, inputs.value)
 
     def forward() -> object:
-        with torch.no_grad():
+        with peer.on_its_path(), torch.no_grad():
             return peer.call(*arguments, shape.is_causal)
 
     def training() -> object:
-        return torch.autograd.grad(peer.call(*arguments, shape.is_causal), arguments, inputs.grad_out)
+        with peer.on_its_path():
+            return torch.autograd.grad(peer.call(*arguments, shape.is_causal), arguments, inputs.grad_out)
 
     return forward if which == "forward" else training
 
@@ -206,6 +215,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "live": [0.05, 0.1, 0.2, 0.4, 0.5, 0.6],
         "tokens": 65536,
         "rounds": 7,
+        "patience": 250.0,
     },
 }
 
@@ -227,6 +237,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--heads", type=int)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument(
+        "--patience", type=float, metavar="MS", help="a function whose call takes longer has one sample; default: none"
+    )
     parser.add_argument("--passes", nargs="+", choices=PASSES)
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these, by the names in the table")
     parser.add_argument("--device", default="cpu")
@@ -235,7 +248,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--out", type=Path, default=timing.ROOT / "build" / "bench", help="folder to write to")
     parser.add_argument("--keep", action="store_true", help="write to bench/results (clean commit only)")
     preset = parser.parse_args(arguments).preset
-    parser.set_defaults(**{"live": [], "tokens": 1, "heads": 8, "passes": list(PASSES), **PRESETS[preset]})
+    parser.set_defaults(
+        **{"live": [], "tokens": 1, "heads": 8, "passes": list(PASSES), "patience": math.inf, **PRESETS[preset]}
+    )
     return parser.parse_args(arguments)
 
 
@@ -280,7 +295,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         reasons = {peer: why_not(peer, shape, options.device) for peer in candidates}
         print("\n" + "".join(f"{peer.name} not measured: {why}\n" for peer, why in reasons.items() if why), end="")
         runnable = [peer for peer, why in reasons.items() if not why]
-        of_shape = list(measure_shape(shape, datas, options.passes, options.device, options.rounds, runnable))
+        of_shape = list(
+            measure_shape(shape, datas, options.passes, options.device, options.rounds, options.patience, runnable)
+        )
         print_results(of_shape)
         results += of_shape
         save(folder, stem, machine, results)  # after every shape: a run that is cut short still leaves what it has

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,8 @@ from adasplash2 import entmax_attention
 from bench.cases import ALPHA, Shape
 
 OURS = "adasplash2"
+OURS_SM80 = "adasplash2 sm80"
+CUDA_PATH = "ADASPLASH2_CUDA_PATH"  # the environment's; read at each call
 TRITON = "adasplash (Triton)"
 MAX_SCORE_BYTES = 1 << 30  # of one N x N score tensor of all heads; a dense implementation holds several at a time
 
@@ -26,6 +30,23 @@ class Peer:
     call: Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # (query, key, value, is_causal) -> out
     depends_on_data: bool = False  # its time does
     is_dense: bool = False  # it holds all N x N scores
+    cuda_path: str | None = None  # of adasplash2, where not the one it takes by itself
+
+    @contextlib.contextmanager
+    def on_its_path(self) -> Iterator[None]:
+        """To be around `call` and its backward pass."""
+        if self.cuda_path is None:
+            yield
+            return
+        before = os.environ.get(CUDA_PATH)
+        os.environ[CUDA_PATH] = self.cuda_path
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[CUDA_PATH]
+            else:
+                os.environ[CUDA_PATH] = before
 
 
 def baseline_name(device: str) -> str:
@@ -38,8 +59,10 @@ def peers(device: str) -> list[Peer]:
     dense = Peer("entmax (dense)", _dense_entmax, is_dense=True)
     if device == "cpu":
         return [ours, Peer("sdpa", _sdpa), dense]
+    on_hopper = torch.cuda.get_device_capability(device) == (9, 0)  # elsewhere sm80 is what it takes by itself
     return [
         ours,
+        *([Peer(OURS_SM80, _entmax, depends_on_data=True, cuda_path="sm80")] if on_hopper else []),
         Peer("sdpa flash", functools.partial(_sdpa_backend, SDPBackend.FLASH_ATTENTION)),
         Peer("sdpa cudnn", functools.partial(_sdpa_backend, SDPBackend.CUDNN_ATTENTION)),
         Peer("flex", _flex),
@@ -56,7 +79,8 @@ def why_not(peer: Peer, shape: Shape, device: str) -> str | None:
     size = (1, 1, 256, shape.head_dim)
     query, key, value = (torch.randn(size, device=device, dtype=shape.dtype, requires_grad=True) for _ in range(3))
     try:
-        peer.call(query, key, value, shape.is_causal).sum().backward()
+        with peer.on_its_path():
+            peer.call(query, key, value, shape.is_causal).sum().backward()
     except Exception as error:  # no matter which: it is the answer
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return None

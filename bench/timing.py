@@ -7,6 +7,7 @@ of the machine (clocks, neighbours) meet all of them alike. Compare medians; the
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -35,14 +36,20 @@ def measure(
     rounds: int = 7,
     warmup: int = 2,
     min_sample_ms: float = 20.0,
+    patience_ms: float = math.inf,
 ) -> dict[str, list[float]]:
-    """Milliseconds per call, `rounds` samples of each function; a sample repeats short calls for `min_sample_ms`."""
+    """Milliseconds per call, `rounds` samples of each function; a sample repeats short calls for `min_sample_ms`.
+
+    A function whose call takes longer than `patience_ms` is sampled in the first round only.
+    """
     calls = {name: _calls_per_sample(function, device, warmup, min_sample_ms) for name, function in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for first in range(rounds):
         for i in range(len(names)):
             name = names[(first + i) % len(names)]
+            if first > 0 and samples[name][0] > patience_ms:
+                continue
             samples[name].append(_time_ms(functions[name], calls[name], device) / calls[name])
     return samples
 

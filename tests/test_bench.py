@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from adasplash2 import reference
 from bench import attention, timing
 from bench.cases import DENSE, Data, Shape, make_inputs
-from bench.peers import OURS, peers
+from bench.peers import OURS, Peer, peers, why_not
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +62,35 @@ def test_functions_take_turns_in_changing_order():
     samples = timing.measure(functions, rounds=4, warmup=1, min_sample_ms=0.0)
     assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
     assert "".join(calls[3:]) == "abc" + "bca" + "cab" + "abc"  # after one warm-up call of each
+
+
+def test_slow_functions_are_sampled_once():
+    calls = {"slow": 0, "fast": 0}
+
+    def run(name: str, seconds: float) -> None:
+        calls[name] += 1
+        time.sleep(seconds)
+
+    functions = {"slow": lambda: run("slow", 0.02), "fast": lambda: run("fast", 0.0)}
+    samples = timing.measure(functions, rounds=3, warmup=1, min_sample_ms=0.0, patience_ms=15.0)
+    assert len(samples["slow"]) == 1 and calls["slow"] == 2
+    assert len(samples["fast"]) == 3 and calls["fast"] == 4
+
+
+def test_a_peer_has_its_path_to_itself(monkeypatch):
+    seen = []
+
+    def call(*_: object) -> torch.Tensor:
+        seen.append(os.environ.get("ADASPLASH2_CUDA_PATH"))
+        return torch.zeros(1, requires_grad=True)
+
+    for outside in ("sm90", None):
+        monkeypatch.delenv("ADASPLASH2_CUDA_PATH", raising=False)
+        if outside:
+            monkeypatch.setenv("ADASPLASH2_CUDA_PATH", outside)
+        assert why_not(Peer(f"ours beside {outside}", call, cuda_path="sm80"), shape_of(64), "cpu") is None
+        assert os.environ.get("ADASPLASH2_CUDA_PATH") == outside
+    assert seen == ["sm80", "sm80"]
 
 
 def test_table_columns_line_up():
