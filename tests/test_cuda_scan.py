@@ -101,8 +101,11 @@ def test_error_of_the_tangents(num_keys, factor):
     run = library.forward(library.build(), *(t.to(library.device()) for t in (query, key, value)))
     tau, tau_lower = exact_tau(query, key, value, 1.5), run.tau_lower.cpu().double()
     gap = (exact_z(query, key, 1.5) - tau_lower.unsqueeze(-1)).clamp(min=0)
-    shift = (tau - tau_lower) * (gap > 0).sum(-1) / gap.sum(-1)
+    mean_gap = gap.sum(-1) / (gap > 0).sum(-1)
+    shift = (tau - tau_lower) / mean_gap
     assert shift.mean() <= 0.22 and shift.max() <= 0.8
+    start_error = ((run.expected_tau.cpu() - tau) / mean_gap).abs()
+    assert start_error.mean() <= 0.06 and start_error.max() <= 0.8
     assert run.is_coarse.all()
     assert (run.tau.cpu() - tau).abs().max() <= 1e-5
 

@@ -57,6 +57,16 @@ ADASPLASH2_HOST_DEVICE NormLine norm_line(const Entmax<kKind>& entmax, const Tai
   return {height, divide(sums.weight * height, sums.prob)};
 }
 
+// What the sums should be at another point, as distance_to() has it: an estimate, not a bound.
+template <AlphaKind kKind>
+ADASPLASH2_HOST_DEVICE TailSums expected(const Entmax<kKind>& entmax, const TailSums& sums, float distance) {
+  if (!(sums.prob > 0.0f)) return {};
+  const NormLine line = norm_line(entmax, sums);
+  const float left = fmaxf(1.0f - 0.5f * distance * divide(line.slope, line.height), 0.0f);
+  const float height = line.height * left * left, weight = entmax.weight(height);
+  return {entmax.prob(height, weight), line.slope * left * weight};
+}
+
 // What is certain of the sums at another point.
 template <AlphaKind kKind>
 ADASPLASH2_HOST_DEVICE TailSums moved(const Entmax<kKind>& entmax, const TailSums& sums, float distance) {

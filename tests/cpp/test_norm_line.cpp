@@ -81,6 +81,18 @@ void test_estimate() {
             " expected ", expected);
     }
     check(line.distance_to(0.1f * line.height) == line.step_to(0.1f * line.height), "far away: the safe step");
+
+    // At alpha = 1.5, so f = norm^2 and A = slope norm.
+    const Entmax<AlphaKind::kOneAndHalf> entmax{1.5f};
+    const TailSums sums{line.height * line.height, line.slope * line.height};
+    for (const float distance : {-0.2f, 0.0f, 0.3f}) {
+      const float left = end - distance, height = left * left, slope = 2.0f * left;
+      const TailSums there = expected(entmax, sums, distance);
+      check(std::fabs(there.prob - height * height) <= kRounding, "f ", there.prob, " expected ", height * height);
+      check(std::fabs(there.weight - slope * height) <= kRounding, "A ", there.weight, " expected ", slope * height);
+    }
+    const TailSums past_end = expected(entmax, sums, end + 0.1f);
+    check(past_end.prob == 0.0f && past_end.weight == 0.0f, "nothing past the end");
   }
 }
 
@@ -89,6 +101,8 @@ void test_nothing() {
   for (const float distance : {0.0f, -1.0f, INFINITY}) {
     const TailSums sums = moved(entmax, TailSums{}, distance);
     check(sums.prob == 0.0f && sums.weight == 0.0f, "no keys stay no keys");
+    const TailSums likely = expected(entmax, TailSums{}, distance);
+    check(likely.prob == 0.0f && likely.weight == 0.0f, "no keys are expected where there are none");
   }
 }
 

@@ -233,9 +233,16 @@ class Run:
 
     @property
     def is_coarse(self) -> Tensor:
-        return self._rows_of(
-            _align(self.tau.numel() * 4) + _align(self.block_mask_words.numel() * 4), torch.uint8
-        ).bool()
+        return self._start.bool()
+
+    @property
+    def expected_tau(self) -> Tensor:
+        """Of coarse rows: where their refinement starts."""
+        return self.tau_lower + self._start * 2.0**-11  # kStartUnit
+
+    @property
+    def _start(self) -> Tensor:
+        return self._rows_of(_align(self.tau.numel() * 4) + _align(self.block_mask_words.numel() * 4), torch.uint8)
 
 
 def _work_order(workspace: Tensor, offset: int, batch: int, heads: int, num_blocks: int) -> Tensor:

@@ -97,7 +97,10 @@ struct RowBounds {
   float threshold[kRows];  // in units of the score: at or below tau, so only scores above it can matter; +inf: none can
   int bits_bound[kRows];   // float bits below it are at or below the threshold; INT_MIN for a negative threshold
   float point[kRows];      // z where the sums are taken: near the tau that is expected; -inf before the first key
-  TailSums sums[kRows];
+  TailSums sums[kRows];    // certain: what the moves of the point have left of them
+  // Where alpha = 1.5, whose refinement starts from an estimate: what should be there beside them, sign included.
+  TailSums unproven[kRows];
+  static constexpr bool kEstimates = kKind == AlphaKind::kOneAndHalf;
 
   __device__ __forceinline__ void init(float* s_snapshots_, float to_z_, float alpha) {
     s_snapshots = s_snapshots_;
@@ -121,7 +124,7 @@ struct RowBounds {
   __device__ __forceinline__ void close(int r) {
     set_threshold(r, INFINITY);
     point[r] = INFINITY;
-    sums[r] = {};
+    sums[r] = unproven[r] = {};
   }
   // To the largest score that is certainly at or below a bound.
   __device__ __forceinline__ void raise_threshold(int r, float bound) {
@@ -134,9 +137,26 @@ struct RowBounds {
   // May a score with these bits be a hit? Exact where the threshold is not negative, always true where it is.
   __device__ __forceinline__ bool may_be_hit(int r, int bits) const { return bits >= bits_bound[r]; }
 
-  __device__ __forceinline__ void move(int r, float new_point) {
+  // Takes what is certain along; unproven is then of the point before.
+  __device__ __forceinline__ void move_certain(int r, float new_point) {
     sums[r] = moved(entmax, sums[r], new_point - point[r]);
     point[r] = new_point;
+  }
+  __device__ __forceinline__ TailSums likely(int r) const {
+    return {sums[r].prob + unproven[r].prob, sums[r].weight + unproven[r].weight};
+  }
+  // After moves from old_point, where `likely_there` was likely.
+  __device__ __forceinline__ void move_unproven(int r, const TailSums& likely_there, float old_point) {
+    if constexpr (kEstimates) {
+      const TailSums likely_here = expected(entmax, likely_there, point[r] - old_point);
+      unproven[r] = {likely_here.prob - sums[r].prob, likely_here.weight - sums[r].weight};
+    }
+  }
+  __device__ __forceinline__ void move(int r, float new_point) {
+    const TailSums likely_there = likely(r);
+    const float old_point = point[r];
+    move_certain(r, new_point);
+    move_unproven(r, likely_there, old_point);
   }
 
   // The sums of lane and tile columns [kBegin, kEnd) at the points, beside what is there.
@@ -206,6 +226,8 @@ struct RowBounds {
   __device__ __forceinline__ void settle(const ScoreTile<kHeadDim>& score, const TileMaxima<kHeadDim>& tile_max,
                                          int num_tiles) {
     constexpr int kSteps = 3;
+    const TailSums likely_before[kRows] = {likely(0), likely(1)};
+    const float point_before[kRows] = {point[0], point[1]};
     bool starts[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -215,7 +237,7 @@ struct RowBounds {
       starts[r] = row_max < INFINITY && window > point[r];
       if (row_max == INFINITY) close(r);
       if (starts[r]) {
-        move(r, window);
+        move_certain(r, window);
         raise_threshold(r, point[r]);
       }
     }
@@ -227,11 +249,22 @@ struct RowBounds {
       for (int r = 0; r < kRows; ++r) {
         const NormLine line = row_line(with_tile[r], num_tiles);
         if (starts[r] && line.height > 1.0f) {
-          move(r, point[r] + line.step_to(1.0f));
+          move_certain(r, point[r] + line.step_to(1.0f));
           raise_threshold(r, point[r]);
         }
       }
     }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (starts[r]) move_unproven(r, likely_before[r], point_before[r]);
+    }
+  }
+
+  // Where tau should be.
+  __device__ __forceinline__ float expected_tau(int r) const {
+    const TailSums lane_sums = likely(r);
+    const TailSums total{quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
+    return point[r] + norm_line(entmax, total).distance_to(1.0f);
   }
 
   // Raises the thresholds by what the sums say; the points move to where tau should be once there are `growth` times as
@@ -299,8 +332,6 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* s
   using KeyTile = typename Config::KeyTile;
   using QueryTile = typename Config::QueryTile;
   constexpr float kLargestGrowth = 4.0f;
-  // Of the mean gap: what the bound lacks of tau, as seen at supports of 7 to 1000 keys (0.02 at 3 keys).
-  constexpr float kTypicalLoss = 0.12f;
   const AttentionProblem& problem = params.pass.problem;
   const int consumer = warpgroup_id() - 1, warp = warp_id() - kWarpgroupWarps, lane = lane_id();
   const int group_row = row_begin + consumer * kWgmmaM, warp_row = row_begin + warp * Config::kRowsPerWarp;
@@ -472,13 +503,8 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* s
   }
 
   // Phase 7: the result.
+  const float expected_tau[] = {bounds.expected_tau(0), bounds.expected_tau(1)};
   bounds.solve(group_tiles, 1.0f);
-  float mean_gap[Config::kRowsPerLane];
-#pragma unroll
-  for (int r = 0; r < Config::kRowsPerLane; ++r) {
-    const NormLine line = bounds.row_line(bounds.sums[r], group_tiles);
-    mean_gap[r] = line.height / line.slope;
-  }
 #pragma unroll
   for (int r = 0; r < Config::kRowsPerLane; ++r) {
     const int row = warp_row + bounds.row_in_warp(lane, r);
@@ -486,11 +512,10 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* s
     const int64_t index = row_index(problem, batch, head, row);
     const float threshold = bounds.threshold[r];
     const bool has_keys = visible[r] > 0 && threshold != -INFINITY;
-    params.pass.tau_lower[index] = !has_keys              ? INFINITY
-                                   : threshold < INFINITY ? round_below(threshold * bounds.to_z)
-                                                          : NAN;
+    const float tau_lower = round_below(threshold * bounds.to_z);
+    params.pass.tau_lower[index] = !has_keys ? INFINITY : threshold < INFINITY ? tau_lower : NAN;
     params.pass.is_coarse[index] =
-        has_keys && threshold < INFINITY ? encode_start(kTypicalLoss * mean_gap[r]) : uint8_t(0);
+        has_keys && threshold < INFINITY ? encode_start(expected_tau[r] - tau_lower) : uint8_t(0);
   }
   if (!is_mask_row_there) return;
 
