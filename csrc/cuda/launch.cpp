@@ -37,12 +37,13 @@ int64_t column_mask_bytes(const AttentionProblem& problem) {
   return num_heads_in_all(problem) * mask_shape(problem).column_words() * int64_t(sizeof(uint32_t));
 }
 
-// For as many blocks as a pass may have: of 64 rows or keys, with columns in chunks of no fewer than 64.
+// For as many blocks as a pass may have, as no block has fewer than 64 rows or keys and 64 columns, or as many of both
+// together.
 struct WorkOrderLayout {
   int64_t num_blocks;
 
   explicit WorkOrderLayout(const AttentionProblem& problem) {
-    const int64_t num_chunks = ceil_div<int64_t>(std::max(problem.head_dim, problem.value_head_dim), 64);
+    const int64_t num_chunks = instance_head_dim(problem) / 64;
     const int64_t row_blocks = problem.num_heads * ceil_div<int64_t>(problem.num_queries, 64);
     const int64_t key_blocks = problem.num_kv_heads * ceil_div<int64_t>(problem.num_keys, 64);
     num_blocks = problem.batch * num_chunks * std::max(row_blocks, key_blocks);
@@ -58,7 +59,7 @@ using Instances = std::initializer_list<const Passes*>;
 
 constexpr Instances kPortableInstances{&sm80::bfloat16_64, &sm80::bfloat16_128, &sm80::bfloat16_256,
                                        &sm80::float16_64,  &sm80::float16_128,  &sm80::float16_256,
-                                       &sm80::float32_64,  &sm80::float32_128};
+                                       &sm80::float32_64,  &sm80::float32_128,  &sm80::float32_256};
 #ifdef ADASPLASH2_CUDA_SM90
 constexpr Instances kHopperInstances{&sm90::bfloat16_64, &sm90::bfloat16_128, &sm90::float16_64, &sm90::float16_128};
 #else
@@ -67,7 +68,7 @@ constexpr Instances kHopperInstances{};
 constexpr bool kHasSm90 = kHopperInstances.size() > 0;
 
 const Passes* find_instance(Instances instances, const AttentionProblem& problem) {
-  const int head_dim = instance_head_dim(std::max(problem.head_dim, problem.value_head_dim));
+  const int head_dim = instance_head_dim(problem);
   for (const Passes* passes : instances) {
     if (passes->dtype == problem.dtype && passes->head_dim == head_dim) return passes;
   }
@@ -141,9 +142,9 @@ struct Splitter {
   uint8_t* bytes;
 
   static int64_t num_bytes(const AttentionProblem& problem, int64_t num_heads, int64_t num_rows, int64_t dim) {
-    constexpr int64_t kParts = 3, kPartBytes = 2;
+    constexpr int64_t kPartBytes = 2;
     const bool is_split = problem.dtype == DataType::kFloat32;
-    return is_split ? align_up(problem.batch * num_heads * num_rows * dim * kParts * kPartBytes) : 0;
+    return is_split ? align_up(problem.batch * num_heads * num_rows * dim * kFloatParts * kPartBytes) : 0;
   }
   static int64_t queries_bytes(const AttentionProblem& problem, int64_t dim) {
     return num_bytes(problem, problem.num_heads, problem.num_queries, dim);
@@ -156,7 +157,7 @@ struct Splitter {
 
   Rows split(const Rows& rows, int64_t num_heads, int64_t num_rows, int64_t dim) {
     if (passes.split_floats == nullptr) return rows;
-    const int64_t stride_row = 3 * dim, stride_head = num_rows * stride_row;
+    const int64_t stride_row = kFloatParts * dim, stride_head = num_rows * stride_row;
     const Rows parts{bytes, num_heads * stride_head, stride_head, stride_row};
     passes.split_floats({rows, parts, problem.batch, num_heads, num_rows, dim, stream});
     bytes += num_bytes(problem, num_heads, num_rows, dim);
@@ -225,9 +226,6 @@ void require_supported(const AttentionProblem& problem) {
   if (!std::isfinite(problem.scale)) not_built("scale must be finite on CUDA");
   const int64_t largest_dim = std::max(problem.head_dim, problem.value_head_dim);
   if (largest_dim > kLargestHeadDim) not_built("head dims above 256 are not built for CUDA");
-  if (problem.dtype == DataType::kFloat32 && largest_dim > kLargestFloatHeadDim) {
-    not_built("head dims above 128 are not built for float32 on CUDA");
-  }
   require(problem.head_dim > 0 && problem.value_head_dim > 0, "head dims must be positive");
   if (problem.head_dim % 8 != 0 || problem.value_head_dim % 8 != 0) {
     not_built("head dims that are not multiples of 8 are not built for CUDA");

@@ -60,7 +60,7 @@ struct GradAlphaParams {
 // then.
 struct GradMaskWork {
   int64_t num_elements;   // of the mask, which is dense
-  int row_blocks;         // of kGradMaskRows rows of the mask; 1 where all rows share one
+  int row_blocks;         // of grad_block_rows() rows of the mask; 1 where all rows share one
   int shared_row_blocks;  // that share a row of the mask, else 1
   int shared_heads, shared_batches;
   int num_slabs;  // 0 where all keys of a row share an element: those gradients add up to zero
@@ -69,7 +69,7 @@ struct GradMaskWork {
     constexpr int64_t kEnoughBlocks = 1024;  // for any GPU
     const Mask& mask = problem.mask;
     const auto shared = [](int64_t stride, int64_t size) { return stride == 0 ? static_cast<int>(size) : 1; };
-    const int num_row_blocks = static_cast<int>(ceil_div<int64_t>(problem.num_queries, kGradMaskRows));
+    const int num_row_blocks = static_cast<int>(ceil_div<int64_t>(problem.num_queries, grad_block_rows(instance_cols(problem))));
     shared_batches = shared(mask.stride_batch, problem.batch);
     shared_heads = shared(mask.stride_head, problem.num_heads);
     shared_row_blocks = shared(mask.stride_row, num_row_blocks);

@@ -64,7 +64,7 @@ namespace sm80 {
 // One definition a file in instances/.
 extern const Passes bfloat16_64, bfloat16_128, bfloat16_256;
 extern const Passes float16_64, float16_128, float16_256;
-extern const Passes float32_64, float32_128;
+extern const Passes float32_64, float32_128, float32_256;
 }  // namespace sm80
 
 namespace sm90 {

@@ -9,6 +9,7 @@
 #include "cuda/sm80/instances/float16_256.cu"
 #include "cuda/sm80/instances/float16_64.cu"
 #include "cuda/sm80/instances/float32_128.cu"
+#include "cuda/sm80/instances/float32_256.cu"
 #include "cuda/sm80/instances/float32_64.cu"
 #include "cuda/sm90/instances/bfloat16_128.cu"
 #include "cuda/sm90/instances/bfloat16_64.cu"

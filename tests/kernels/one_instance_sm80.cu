@@ -5,6 +5,8 @@
 
 namespace adasplash2::cuda::sm80 {
 
-const Passes bfloat16_128{}, bfloat16_256{}, float16_64{}, float16_128{}, float16_256{}, float32_64{}, float32_128{};
+const Passes bfloat16_128{}, bfloat16_256{};
+const Passes float16_64{}, float16_128{}, float16_256{};
+const Passes float32_64{}, float32_128{}, float32_256{};
 
 }  // namespace adasplash2::cuda::sm80

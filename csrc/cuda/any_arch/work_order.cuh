@@ -19,12 +19,13 @@
 namespace adasplash2::cuda {
 
 // The live tiles of block (x, y, z) of a grid are the set bits of num_runs runs of run_words words: run i begins at
-// (z heads_y + y % heads_y) stride_y + x stride_x + i stride_run of `words`, and none reaches past end_x words from the
-// beginning of its (y, z).
+// (z heads_y + y % heads_y) stride_y + x / shared_x stride_x + i stride_run of `words`, and none reaches past end_x
+// words from the beginning of its (y, z).
 struct WorkLevelsParams {
   const uint32_t* words;
   dim3 grid;
   int heads_y;
+  int shared_x;  // neighbouring blocks that have the same tiles, for parts of their keys
   int num_runs, run_words;
   int64_t stride_x, stride_y, stride_run, end_x;
   uint8_t* levels = nullptr;
@@ -38,7 +39,7 @@ static __global__ void __launch_bounds__(kWorkLevelWarps* kWarpSize) work_levels
   if (index >= int64_t(params.grid.x) * params.grid.y * params.grid.z) return;
   const int64_t x = index % params.grid.x, y = index / params.grid.x % params.grid.y;
   const int64_t z = index / params.grid.x / params.grid.y;
-  const int64_t begin = x * params.stride_x;
+  const int64_t begin = x / params.shared_x * params.stride_x;
   const uint32_t* g_words = params.words + (z * params.heads_y + y % params.heads_y) * params.stride_y;
   int num_live = 0;
   for (int run = 0; run < params.num_runs; ++run) {

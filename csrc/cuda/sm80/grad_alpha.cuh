@@ -1,12 +1,12 @@
 // Backward, dalpha: what each row adds to the gradient by the alpha of its head (docs/algorithm.md, section 5), over
-// the live tiles of 64 rows. any_arch/row_sum.cuh adds the rows up.
+// the live tiles of a block of rows. any_arch/row_sum.cuh adds the rows up.
 //
 //   in   query, key, value, grad_out (B, H, Nq, Dv), tau and block_mask of the forward pass
 //   out  row_grads (B, H, Nq) float, 0 for rows without a support
 //
-// Grid (blocks of 64 rows, H, B). A warp owns 16 rows. Two products a tile: Q K^T, dO V^T. delta comes from the same
-// sums as the terms that it is subtracted from, not from the saved mean, whose rounding would be all that is left of
-// them.
+// Grid (blocks of kBlockM rows, H, B). A warp owns 16 rows. Two products a tile: Q K^T, dO V^T. delta comes from the
+// same sums as the terms that it is subtracted from, not from the saved mean, whose rounding would be all that is left
+// of them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,10 +31,11 @@
 namespace adasplash2::cuda {
 
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, true>::kThreads, kMinBlocksPerSm)
+__global__ void __launch_bounds__(GradSumsConfig<kTileCols<Element, kHeadDim>>::kThreads,
+                                  GradSumsConfig<kTileCols<Element, kHeadDim>>::kMinBlocks)
     grad_alpha_kernel(const GradAlphaParams params) {
   constexpr int kCols = kTileCols<Element, kHeadDim>;
-  using Config = GradQueryConfig<kCols, true>;  // with masks or without
+  using Config = GradSumsConfig<kCols>;
   constexpr int kFragmentsN = Config::kBlockN / kMmaN;
   constexpr int kStageBytes = Config::kBlockN * kCols * 2;
 
@@ -57,7 +58,6 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   const uint32_t s_grad_out = s_query + Config::kQueryBytes;
   const uint32_t s_key = s_grad_out + Config::kQueryBytes;
   const uint32_t s_value = s_key + kStageBytes;
-  static_assert(Config::kStages >= 2, "keys and values, one stage each, lie in the room of two stages of keys");
 
   // Phase 1: what stays for the whole block.
   copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(

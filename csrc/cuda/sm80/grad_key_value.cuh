@@ -1,12 +1,12 @@
-// Backward, dk and dv: over the live query blocks of 64 keys, dV = P^T dO, dK = sigma dS^T Q (docs/algorithm.md,
+// Backward, dk and dv: over the live query blocks of a block of keys, dV = P^T dO, dK = sigma dS^T Q (docs/algorithm.md,
 // section 5). The heads of a group are added up inside the block, in a fixed order: no atomics, the same bits each run.
 //
 //   in   query, key, value, grad_out, tau, delta, block_mask by columns
 //   out  grad_key (B, Hkv, Nk, D), grad_value (B, Hkv, Nk, Dv), data nullable: not wanted
 //
-// Grid (key tiles, Hkv * chunks of gradient columns, B). A warp owns kKeysPerWarp keys and works on the transposes S^T
-// = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands without passing through shared memory. Four
-// products a tile.
+// Grid (blocks of kBlockN keys, Hkv * chunks of gradient columns, B). A warp owns kKeysPerWarp keys and kWarpChunk of
+// the columns, and works on the transposes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands without
+// passing through shared memory. Four products a tile.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -98,7 +98,8 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
   constexpr int kFragmentsM = Config::kKeysPerWarp / kMmaM;     // keys are the rows here
   constexpr int kFragmentsN = Config::kQueriesPerStep / kMmaN;  // and queries the columns
   constexpr int kGradChunk = kChunkOf<Element, Config::kGradChunk>;
-  constexpr int kFragmentsGrad = kGradChunk / kMmaN;
+  constexpr int kWarpChunk = kChunkOf<Element, Config::kWarpChunk>;
+  constexpr int kFragmentsGrad = kWarpChunk / kMmaN;
   constexpr int kStageBytes = Config::kBlockM * kCols * 2;
   constexpr int kStatStageBytes = Config::kBlockM * 4;
 
@@ -108,10 +109,12 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
   const int batch = block.z, grad_chunk = kGradChunk == kHeadDim ? 0 : block.y / num_kv_heads;
   const int kv_head = block.y - grad_chunk * num_kv_heads;
   const int group_size = static_cast<int>(problem.num_heads) / num_kv_heads;
-  const int key_tile = block.x, key_begin = key_tile * Config::kBlockN;
+  const int key_begin = block.x * Config::kBlockN, key_tile = key_begin / kMaskKeys;
   const int warp = warp_id(), lane = lane_id();
-  const int warp_key = key_begin + warp * Config::kKeysPerWarp;
-  const int grad_begin = grad_chunk * kGradChunk;
+  const int warp_chunk = Config::kChunkWarps == 1 ? 0 : warp / Config::kKeyWarps;
+  const int first_key = (warp - warp_chunk * Config::kKeyWarps) * Config::kKeysPerWarp;  // of the block's
+  const int warp_key = key_begin + first_key;
+  const int grad_begin = grad_chunk * kGradChunk + warp_chunk * kWarpChunk;
 
   const WorkRange range = work_range(problem, batch);
   const int num_keys = range.num_keys, num_rows = range.num_live_rows();
@@ -138,18 +141,18 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
   RowFragmentsInSmem<kCols, Config::kUnroll> key[kFragmentsM], value[kFragmentsM];
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) {
-    key[i].load(s_key, warp * Config::kKeysPerWarp + i * kMmaM);
-    value[i].load(s_value, warp * Config::kKeysPerWarp + i * kMmaM);
+    key[i].load(s_key, first_key + i * kMmaM);
+    value[i].load(s_value, first_key + i * kMmaM);
   }
 
   int* s_first_row = reinterpret_cast<int*>(smem + Config::kSmemBytes - Config::kFirstRowBytes);
   for (int i = threadIdx.x; i < Config::kBlockN; i += Config::kThreads)
     s_first_row[i] = range.first_row_of(key_begin + i);
   const auto first_row_of = [&](int i, int e) {
-    return s_first_row[warp * Config::kKeysPerWarp + i * kMmaM + accumulator_row(lane, e / 2)];
+    return s_first_row[first_key + i * kMmaM + accumulator_row(lane, e / 2)];
   };
 
-  // Phase 2: the live query blocks of all heads of the group, the copies one block ahead.
+  // Phase 2: the live query blocks of all heads of the group, with two stages the copies one block ahead.
   const BlockMaskShape mask_shape(range.num_queries, num_keys);
   const int64_t head_words = mask_shape.column_words();
   LiveQueryBlocks<Config::kBlockM> blocks(
@@ -178,14 +181,19 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
     clear(grad_value[i]);
   }
   bool has_block = num_rows > 0 && blocks.next();
-  if (has_block) copy(0);
+  if (Config::kStages == 2 && has_block) copy(0);
   ptx::cp_async_commit();
-  for (int stage = 0; has_block; stage ^= 1) {
+  for (int stage = 0; has_block; stage ^= Config::kStages - 1) {
     const int head = blocks.head(), row_begin = blocks.row_begin();
+    if constexpr (Config::kStages == 1) {
+      __syncthreads();
+      copy(0);
+      ptx::cp_async_commit();
+    }
     has_block = blocks.next();
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (has_block) copy(stage ^ 1);
+    if (Config::kStages == 2 && has_block) copy(stage ^ 1);
     ptx::cp_async_commit();
 
     const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);

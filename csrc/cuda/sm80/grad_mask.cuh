@@ -4,9 +4,9 @@
 //   in   query, key, value, grad_out, tau and block_mask of the forward pass, delta (B, H, Nq)
 //   out  sums (slabs, elements of the mask) float, each slab laid out like the mask
 //
-// A block owns kBlockN keys of the mask and 64 rows, or the one row where all rows share it. The heads, sequences and
-// blocks of 64 rows that add to it are its pairs; those of a slab (GradMaskWork), in order, are its work. Two
-// products a pair whose tile is live: Q K^T, dO V^T.
+// A block owns kBlockN keys of the mask and kBlockM rows, or the one row where all rows share it. The heads, sequences
+// and blocks of rows that add to it are its pairs; those of a slab (GradMaskWork), in order, are its work. Two products
+// a pair whose tile is live: Q K^T, dO V^T.
 //
 // Grid (slabs * row blocks * blocks of keys, heads, sequences of the mask). A warp has 16 rows.
 #pragma once
@@ -31,13 +31,13 @@
 namespace adasplash2::cuda {
 
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, true>::kThreads, kMinBlocksPerSm)
+__global__ void __launch_bounds__(GradSumsConfig<kTileCols<Element, kHeadDim>>::kThreads,
+                                  GradSumsConfig<kTileCols<Element, kHeadDim>>::kMinBlocks)
     grad_mask_kernel(const GradMaskParams params) {
   constexpr int kCols = kTileCols<Element, kHeadDim>;
-  using Config = GradQueryConfig<kCols, true>;
+  using Config = GradSumsConfig<kCols>;
   constexpr int kFragmentsN = Config::kBlockN / kMmaN;
   constexpr int kStageBytes = Config::kBlockN * kCols * 2;
-  static_assert(Config::kBlockM == kGradMaskRows && Config::kWarps * kMmaM == kGradMaskRows, "GradMaskWork's blocks");
 
   const AttentionProblem& problem = params.problem;
   const GradMaskWork& work = params.work;

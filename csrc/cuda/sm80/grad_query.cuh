@@ -1,10 +1,11 @@
-// Backward, dq: dS = weight (dP - delta) over the live tiles of 64 rows, dQ = sigma dS K (docs/algorithm.md, section
-// 5).
+// Backward, dq: dS = weight (dP - delta) over the live tiles of a block of rows, dQ = sigma dS K
+// (docs/algorithm.md, section 5).
 //
 //   in   query, key, value, grad_out (B, H, Nq, Dv), tau and block_mask of the forward pass, delta (B, H, Nq)
 //   out  grad_query (B, H, Nq, D)
 //
-// Grid (blocks of 64 rows, H, B). A warp owns kRowsPerWarp rows. Three products a tile: Q K^T, dO V^T, dS K.
+// Grid (blocks of kBlockM rows, H, B). A warp owns kRowsPerWarp rows and, of dS K alone, a chunk of the columns. Three
+// products a tile: Q K^T, dO V^T, dS K.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -41,6 +42,7 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   using GradOutFragments =
       std::conditional_t<Config::kGradOutInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
   constexpr int kFragmentsN = Config::kKeysPerStep / kMmaN;
+  constexpr int kWarpChunk = kHeadDim / Config::kChunkWarps;
   constexpr int kStageBytes = Config::kBlockN * kCols * 2;
 
   const AttentionProblem& problem = params.problem;
@@ -48,7 +50,9 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   const int batch = block.z, head = block.y, m_block = block.x;
   const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
   const int warp = warp_id(), lane = lane_id();
-  const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * Config::kRowsPerWarp;
+  const int warp_chunk = Config::kChunkWarps == 1 ? 0 : warp / Config::kRowWarps, first_col = warp_chunk * kWarpChunk;
+  const int first_row = (warp - warp_chunk * Config::kRowWarps) * Config::kRowsPerWarp;  // of the block's
+  const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + first_row;
 
   const WorkRange range = work_range(problem, batch);
   const int num_queries = range.num_queries;
@@ -92,39 +96,28 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
   GradOutFragments grad_out[kFragmentsM];
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) {
-    query[i].load(s_query, warp * Config::kRowsPerWarp + i * kMmaM);
-    grad_out[i].load(s_grad_out, warp * Config::kRowsPerWarp + i * kMmaM);
+    query[i].load(s_query, first_row + i * kMmaM);
+    grad_out[i].load(s_grad_out, first_row + i * kMmaM);
   }
 
-  // Phase 2: the live tiles, in parts of kBlockN keys, the copies one part ahead.
+  // Phase 2: the live tiles, in parts of kBlockN keys.
   const BlockMaskShape mask_shape(num_queries, range.num_keys);
   const int first_group = row_begin / kMaskRows;
   const LiveTiles tiles(params.block_mask + (batch * problem.num_heads + head) * mask_shape.row_words() +
                             int64_t(first_group) * mask_shape.key_words(),
                         min(Config::kBlockM / kMaskRows, mask_shape.num_row_groups - first_group),
                         mask_shape.key_words(), ceil_div(key_end, kMaskKeys));
-  LiveParts<Config::kBlockN> parts(tiles);
   const auto copy = [&](int key_begin, int stage) {
-    if (key_begin >= 0) {
-      copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_key + stage * kStageBytes, g_key,
-                                                                problem.key.stride_row, key_begin, key_end, head_dim);
-      copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
-          s_value + stage * kStageBytes, g_value, problem.value.stride_row, key_begin, key_end, value_head_dim);
-    }
-    ptx::cp_async_commit();
+    copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(s_key + stage * kStageBytes, g_key,
+                                                              problem.key.stride_row, key_begin, key_end, head_dim);
+    copy_tile_async<Config::kBlockN, kCols, Config::kThreads>(
+        s_value + stage * kStageBytes, g_value, problem.value.stride_row, key_begin, key_end, value_head_dim);
   };
 
-  float grad_query[kFragmentsM][kHeadDim / kMmaN][4];
+  float grad_query[kFragmentsM][kWarpChunk / kMmaN][4];
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) clear(grad_query[i]);
-  int key_begin = parts.next();
-  copy(key_begin, 0);
-  for (int stage = 0; key_begin >= 0; stage ^= 1) {
-    const int next_key_begin = parts.next();
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    copy(next_key_begin, stage ^ 1);
-
+  for_each_part<Config::kStages>(LiveParts<Config::kBlockN>(tiles), copy, [&](int key_begin, int stage) {
 #pragma unroll 1
     for (int first_key = 0; first_key < Config::kBlockN; first_key += Config::kKeysPerStep) {
       const uint32_t step_offset = stage * kStageBytes + first_key * kCols * 2;
@@ -173,11 +166,10 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
           }
           grad_score[i] = operand_of_accumulators<Element>(grad_prob[i][2 * k], grad_prob[i][2 * k + 1]);
         }
-        multiply_add<Element, kCols>(grad_query, grad_score, s_key + step_offset, k * kMmaK, 0);
+        multiply_add<Element, kCols>(grad_query, grad_score, s_key + step_offset, k * kMmaK, first_col);
       }
     }
-    key_begin = next_key_begin;
-  }
+  });
 
   // Phase 3: store. A row whose tau is NaN has no gradient either; that of a row without keys is zero, though in
   // padding the products may have left NaN.
@@ -185,7 +177,7 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
 #pragma unroll
   for (int i = 0; i < kFragmentsM; ++i) {
 #pragma unroll
-    for (int n = 0; n < kHeadDim / kMmaN; ++n) {
+    for (int n = 0; n < kWarpChunk / kMmaN; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float sum = tau[i][e / 2] < INFINITY ? grad_query[i][n][e] : 0.0f;
@@ -193,8 +185,9 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
       }
     }
     const int fragment_row = warp_row + i * kMmaM;
-    store_rows(head_rows<Element>(params.grad_query, batch, head) + fragment_row * params.grad_query.stride_row,
-               params.grad_query.stride_row, grad_query[i], num_queries - fragment_row, head_dim);
+    Element* g_rows = head_rows<Element>(params.grad_query, batch, head);
+    store_rows(g_rows + fragment_row * params.grad_query.stride_row + first_col, params.grad_query.stride_row,
+               grad_query[i], num_queries - fragment_row, head_dim - first_col);
   }
 }
 

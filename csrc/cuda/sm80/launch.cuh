@@ -27,7 +27,6 @@ namespace adasplash2::cuda::sm80 {
 template <typename Element, int kHeadDim>
 struct Instance {
   static constexpr int kCols = kTileCols<Element, kHeadDim>;
-  static constexpr int kBlockRows = 64;
 
   // f(std::bool_constant) for whether there is a mask.
   template <typename Function>
@@ -39,7 +38,7 @@ struct Instance {
     }
   }
 
-  // Puts blocks of 64 rows, or of 64 keys in all heads of a group, in order of their live tiles.
+  // Puts blocks of rows, or of keys in all heads of a group, in order of their live tiles.
   static void order_blocks(WorkLevelsParams work, const WorkOrder& order, cudaStream_t stream) {
     work.levels = order.levels;
     const int64_t num_blocks = int64_t(work.grid.x) * work.grid.y * work.grid.z;
@@ -48,20 +47,21 @@ struct Instance {
     launch_kernel(work_order_kernel, dim3(1), dim3(kWorkOrderThreads), kWorkOrderBytes, stream,
                   WorkOrderParams{work.grid, order.levels, order.blocks});
   }
-  static void order_rows(const AttentionProblem& problem, const uint32_t* mask, dim3 grid, const WorkOrder& order,
-                         cudaStream_t stream) {
+  static void order_rows(const AttentionProblem& problem, const uint32_t* mask, dim3 grid, int block_rows,
+                         const WorkOrder& order, cudaStream_t stream) {
     const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
-    const int block_words = kBlockRows / kMaskRows * shape.key_words();
-    order_blocks({mask, grid, static_cast<int>(problem.num_heads), 1, block_words, block_words, shape.row_words(), 0,
+    const int block_words = block_rows / kMaskRows * shape.key_words();
+    order_blocks({mask, grid, static_cast<int>(problem.num_heads), 1, 1, block_words, block_words, shape.row_words(), 0,
                   shape.row_words()},
                  order, stream);
   }
-  static void order_columns(const AttentionProblem& problem, const uint32_t* mask, dim3 grid, const WorkOrder& order,
-                            cudaStream_t stream) {
+  static void order_columns(const AttentionProblem& problem, const uint32_t* mask, dim3 grid, int block_keys,
+                            const WorkOrder& order, cudaStream_t stream) {
     const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
     const int group_size = static_cast<int>(problem.num_heads / problem.num_kv_heads);
-    order_blocks({mask, grid, static_cast<int>(problem.num_kv_heads), group_size, shape.group_words(),
-                  shape.group_words(), group_size * shape.column_words(), shape.column_words(), shape.column_words()},
+    order_blocks({mask, grid, static_cast<int>(problem.num_kv_heads), kMaskKeys / block_keys, group_size,
+                  shape.group_words(), shape.group_words(), group_size * shape.column_words(), shape.column_words(),
+                  shape.column_words()},
                  order, stream);
   }
 
@@ -83,10 +83,9 @@ struct Instance {
     using Config = OutputConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     const int64_t num_chunks = ceil_div<int64_t>(problem.value_head_dim, kChunkOf<Element, Config::kValueChunk>);
-    static_assert(Config::kBlockM == kBlockRows, "blocks are ordered by those rows");
     const dim3 grid =
-        grid_of(problem, ceil_div<int64_t>(problem.num_queries, kBlockRows), problem.num_heads * num_chunks);
-    order_rows(problem, workspace.scan_mask, grid, workspace.order, stream_of(call.stream));
+        grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads * num_chunks);
+    order_rows(problem, workspace.scan_mask, grid, Config::kBlockM, workspace.order, stream_of(call.stream));
     for_alpha_kind(problem, [&](auto kind) {
       for_mask(problem, [&](auto has_mask) {
         launch_kernel(output_kernel<Element, kHeadDim, kind(), has_mask()>, grid, dim3(Config::kThreads),
@@ -105,12 +104,13 @@ struct Instance {
 
   static void grad_query(const Backward& call, const BackwardWorkspace& workspace) {
     const AttentionProblem& problem = call.problem;
-    const dim3 grid = grid_of(problem, ceil_div<int64_t>(problem.num_queries, kBlockRows), problem.num_heads);
-    order_rows(problem, call.block_mask, grid, workspace.order, stream_of(call.stream));
+    constexpr int kBlockM = grad_block_rows(kCols);
+    const dim3 grid = grid_of(problem, ceil_div<int64_t>(problem.num_queries, kBlockM), problem.num_heads);
+    order_rows(problem, call.block_mask, grid, kBlockM, workspace.order, stream_of(call.stream));
     for_alpha_kind(problem, [&](auto kind) {
       for_mask(problem, [&](auto has_mask) {
         using Config = GradQueryConfig<kCols, has_mask()>;
-        static_assert(Config::kBlockM == kBlockRows, "blocks are ordered by those rows");
+        static_assert(Config::kBlockM == kBlockM, "blocks are ordered by those rows");
         launch_kernel(grad_query_kernel<Element, kHeadDim, kind(), has_mask()>, grid, dim3(Config::kThreads),
                       Config::kSmemBytes, stream_of(call.stream), grad_params(call, workspace, call.block_mask));
       });
@@ -121,13 +121,15 @@ struct Instance {
     const AttentionProblem& problem = call.problem;
     if (problem.num_queries > 0) launch_mask_transpose(call, workspace);
     const int64_t largest_dim = problem.head_dim > problem.value_head_dim ? problem.head_dim : problem.value_head_dim;
-    const int64_t num_chunks = ceil_div<int64_t>(largest_dim, kChunkOf<Element, kMostAccumulatedCols<kCols>>);
+    constexpr int kBlockN = grad_block_rows(kCols), kChunk = GradKeyValueConfig<kCols, true>::kGradChunk;
+    const int64_t num_chunks = ceil_div<int64_t>(largest_dim, kChunkOf<Element, kChunk>);
     const dim3 grid =
-        grid_of(problem, ceil_div<int64_t>(problem.num_keys, kMaskKeys), problem.num_kv_heads * num_chunks);
-    order_columns(problem, workspace.column_mask, grid, workspace.order, stream_of(call.stream));
+        grid_of(problem, ceil_div<int64_t>(problem.num_keys, kBlockN), problem.num_kv_heads * num_chunks);
+    order_columns(problem, workspace.column_mask, grid, kBlockN, workspace.order, stream_of(call.stream));
     for_alpha_kind(problem, [&](auto kind) {
       for_mask(problem, [&](auto has_mask) {
         using Config = GradKeyValueConfig<kCols, has_mask()>;
+        static_assert(Config::kBlockN == kBlockN && Config::kGradChunk == kChunk, "blocks are ordered by those keys");
         launch_kernel(grad_key_value_kernel<Element, kHeadDim, kind(), has_mask()>, grid, dim3(Config::kThreads),
                       Config::kSmemBytes, stream_of(call.stream), grad_params(call, workspace, workspace.column_mask));
       });
@@ -135,7 +137,7 @@ struct Instance {
   }
 
   static void grad_alpha(const Backward& call, const BackwardWorkspace& workspace) {
-    using Config = GradQueryConfig<kCols, true>;  // with masks or without
+    using Config = GradSumsConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     const cudaStream_t stream = stream_of(call.stream);
     if (problem.num_queries > 0) {
@@ -150,7 +152,7 @@ struct Instance {
   }
 
   static void grad_mask(const Backward& call, const BackwardWorkspace& workspace) {
-    using Config = GradQueryConfig<kCols, true>;
+    using Config = GradSumsConfig<kCols>;
     const AttentionProblem& problem = call.problem;
     const cudaStream_t stream = stream_of(call.stream);
     const GradMaskWork work(problem);

@@ -10,7 +10,7 @@
 // where A_p = sum gap^b v, A_w = sum gap^(b-1) v, f = sum gap^b, g = sum gap^(b-1), n = #{gap > 0}, all at tau0, and
 // tau0 is tau_lower, refined first in the blocks where a row is coarse.
 //
-// Grid (blocks of 64 rows, H * chunks of value columns, B). A warp owns 16 rows.
+// Grid (blocks of kBlockM rows, H * chunks of value columns, B). A warp owns 16 rows and kWarpChunk of the columns.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   constexpr int kValueChunk = kChunkOf<Element, Config::kValueChunk>;
   constexpr int kKeysPerStep = Config::template kKeysPerStep<kKind, kHasMask>;
   constexpr int kFragmentsN = kKeysPerStep / kMmaN;
-  constexpr int kFragmentsV = kValueChunk / kMmaN;
+  constexpr int kWarpChunk = kChunkOf<Element, Config::kWarpChunk>;
+  constexpr int kFragmentsV = kWarpChunk / kMmaN;
   constexpr int kKeyStageBytes = Config::kBlockN * kCols * 2;
   constexpr int kValueStageBytes = Config::kBlockN * Config::kValueChunk * 2;
 
@@ -96,8 +97,11 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   const int batch = block.z, head = block.y % num_heads, value_chunk = block.y / num_heads, m_block = block.x;
   const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
   const int warp = warp_id(), lane = lane_id();
-  const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + warp * kMaskRows;
+  const int warp_chunk = Config::kChunkWarps == 1 ? 0 : warp / Config::kRowWarps, warp_col = warp_chunk * kWarpChunk;
+  const int row_warp = warp - warp_chunk * Config::kRowWarps;
+  const int row_begin = m_block * Config::kBlockM, warp_row = row_begin + row_warp * kMaskRows;
   const int value_begin = value_chunk * kValueChunk;
+  const bool is_first_chunk = value_chunk == 0 && warp_col == 0;  // its warp writes what a row has one of
   const int num_value_cols = min(static_cast<int>(problem.value_head_dim) - value_begin, kValueChunk);
 
   const WorkRange range = work_range(problem, batch);
@@ -113,7 +117,7 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   const int group = warp_row / kMaskRows;
   const int64_t mask_offset = (batch * problem.num_heads + head) * mask_shape.row_words();
   const int first_group = row_begin / kMaskRows;
-  const int num_groups = min(Config::kWarps, mask_shape.num_row_groups - first_group);
+  const int num_groups = min(Config::kRowWarps, mask_shape.num_row_groups - first_group);
   const auto live_tiles = [&] {
     return LiveTiles(params.scan_mask + mask_offset + int64_t(first_group) * mask_shape.key_words(), num_groups,
                      mask_shape.key_words(), ceil_div(key_end, kMaskKeys));
@@ -157,23 +161,10 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
   ptx::cp_async_wait<0>();
   __syncthreads();
   Fragments query;
-  query.load(s_query, warp * kMmaM);
+  query.load(s_query, row_warp * kMmaM);
 
-  // Runs body(first key, stage) over the live tiles, in parts of kBlockN keys, the copies one part ahead.
   const auto for_each_live_part = [&](const auto& copy, const auto& body) {
-    LiveParts<Config::kBlockN> parts(live_tiles());
-    int key_begin = parts.next();
-    if (key_begin >= 0) copy(key_begin, 0);
-    ptx::cp_async_commit();
-    for (int stage = 0; key_begin >= 0; stage ^= 1) {
-      const int next_key_begin = parts.next();
-      ptx::cp_async_wait<0>();
-      __syncthreads();
-      if (next_key_begin >= 0) copy(next_key_begin, stage ^ 1);
-      ptx::cp_async_commit();
-      body(key_begin, stage);
-      key_begin = next_key_begin;
-    }
+    for_each_part<Config::kStages>(LiveParts<Config::kBlockN>(live_tiles()), copy, body);
     __syncthreads();  // the stages are free again
   };
 
@@ -223,7 +214,7 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
 
   // Phase 3: the sums over the live tiles, and which of them are live at tau0.
   uint32_t* g_mask = params.block_mask + mask_offset + int64_t(group) * mask_shape.key_words();
-  const bool writes_mask = lane == 0 && value_chunk == 0 && group < mask_shape.num_row_groups;
+  const bool writes_mask = lane == 0 && is_first_chunk && group < mask_shape.num_row_groups;
   uint32_t mask_bits = 0;
   int word = 0;
   const auto finish_words_before = [&](int end) {
@@ -265,7 +256,7 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
         }
         multiply_add_both<Element, Config::kValueChunk>(
             sum_prob_v, operand_of_accumulators<Element>(prob[0], prob[1]), sum_weight_v,
-            operand_of_accumulators<Element>(weight[0], weight[1]), s_tile, k * kMmaN);
+            operand_of_accumulators<Element>(weight[0], weight[1]), s_tile, k * kMmaN, warp_col);
       }
     }
   });
@@ -285,7 +276,7 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
       }
     }
     const int row = warp_row + accumulator_row(lane, half);
-    if (lane % 4 == 0 && value_chunk == 0 && row < num_queries) {
+    if (lane % 4 == 0 && is_first_chunk && row < num_queries) {
       const int64_t index = row_index(problem, batch, head, row);
       params.tau[index] = rows.tau[half] + fold.step;
       if (params.support_size != nullptr) params.support_size[index] = static_cast<int32_t>(total.count);
@@ -294,8 +285,9 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
 
   // Phase 5: store.
   const auto store = [&](const Rows& rows_of, const float (&acc)[kFragmentsV][4]) {
-    Element* g_rows = head_rows<Element>(rows_of, batch, head) + warp_row * rows_of.stride_row + value_begin;
-    store_rows(g_rows, rows_of.stride_row, acc, num_queries - warp_row, num_value_cols);
+    const int first_col = value_begin + warp_col;
+    Element* g_rows = head_rows<Element>(rows_of, batch, head) + warp_row * rows_of.stride_row + first_col;
+    store_rows(g_rows, rows_of.stride_row, acc, num_queries - warp_row, num_value_cols - warp_col);
   };
   store(params.out, sum_prob_v);
   if (params.gap_mean_v.data != nullptr) store(params.gap_mean_v, sum_weight_v);

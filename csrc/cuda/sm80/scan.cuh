@@ -16,6 +16,7 @@
 #include <climits>
 #include <cstdint>
 #include <dynamic_smem.cuh>
+#include <type_traits>
 
 #include "cuda/config.h"
 #include "cuda/pass_params.h"
@@ -387,31 +388,34 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
   const auto* g_query = head_rows<const Stored<Element>>(problem.query, batch, head);
   const auto* g_key = head_rows<const Stored<Element>>(problem.key, batch, kv_head);
 
-  // Shared memory: key ring | histograms | hits | snapshots | keys that a row sees.
+  // Shared memory: queries, if they stay there | key ring | histograms | hits | snapshots | keys that a row sees.
   uint8_t* smem = dynamic_smem();
-  const uint32_t s_key = ptx::shared_address(smem);
-  uint32_t* s_histograms = reinterpret_cast<uint32_t*>(smem + Config::kKeyBytes);
-  uint16_t* s_hits = reinterpret_cast<uint16_t*>(smem + Config::kKeyBytes + Config::kHistogramBytes);
-  uint16_t* s_snapshots =
-      reinterpret_cast<uint16_t*>(smem + Config::kKeyBytes + Config::kHistogramBytes + Config::kHitBytes);
+  const uint32_t s_query = ptx::shared_address(smem), s_key = s_query + Config::kQueryBytes;
+  uint8_t* s_lists = smem + Config::kQueryBytes + Config::kKeyBytes;
+  uint32_t* s_histograms = reinterpret_cast<uint32_t*>(s_lists);
+  uint16_t* s_hits = reinterpret_cast<uint16_t*>(s_lists + Config::kHistogramBytes);
+  uint16_t* s_snapshots = reinterpret_cast<uint16_t*>(s_lists + Config::kHistogramBytes + Config::kHitBytes);
   int* s_visible = reinterpret_cast<int*>(smem + Config::kSmemBytes - Config::kVisibleBytes) +
                    warp * Config::kRowsPerWarp;  // this warp's rows
 
-  // Phase 1: the queries pass through all of the shared memory into registers, where they stay.
-  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_key, g_query, problem.query.stride_row, row_begin,
+  // Phase 1: the queries pass through all of the shared memory into registers, where they stay, or stay there.
+  copy_tile_async<Config::kBlockM, kCols, Config::kThreads>(s_query, g_query, problem.query.stride_row, row_begin,
                                                             num_queries, head_dim);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
-  RowFragments<kCols> query[kFragmentsM];
-#pragma unroll
-  for (int i = 0; i < kFragmentsM; ++i) query[i].load(s_key, warp * Config::kRowsPerWarp + i * kMmaM);
-  __syncthreads();
   const float scale = score_scale(problem);
   if (scale < 0.0f) {  // scores must grow with z
-#pragma unroll
-    for (int i = 0; i < kFragmentsM; ++i) query[i].negate();
+    constexpr uint32_t kSigns = 0x80008000u;
+    for (int i = threadIdx.x; i < Config::kBlockM * kCols / 2; i += Config::kThreads) {
+      reinterpret_cast<uint32_t*>(smem)[i] ^= kSigns;
+    }
+    __syncthreads();
   }
+  std::conditional_t<Config::kQueryInRegisters, RowFragments<kCols>, RowFragmentsInSmem<kCols>> query[kFragmentsM];
+#pragma unroll
+  for (int i = 0; i < kFragmentsM; ++i) query[i].load(s_query, warp * Config::kRowsPerWarp + i * kMmaM);
+  __syncthreads();
 
   const auto copy_keys = [&](int key_begin, int stage) {
     if (key_begin >= 0) {
@@ -481,9 +485,16 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
     const int tile = stage_key / kMaskKeys, tiles_before = num_tiles - 1 - tile;
 
     // Phase 2: wait for the keys; the stage that the barrier frees takes the next ones.
-    ptx::cp_async_wait<Config::kStages - 2>();
-    __syncthreads();
-    copy_keys(stage_key - (Config::kStages - 1) * Config::kBlockN, stage == 0 ? Config::kStages - 1 : stage - 1);
+    if constexpr (Config::kStages > 1) {
+      ptx::cp_async_wait<Config::kStages - 2>();
+      __syncthreads();
+      copy_keys(stage_key - (Config::kStages - 1) * Config::kBlockN, stage == 0 ? Config::kStages - 1 : stage - 1);
+    } else {
+      __syncthreads();
+      copy_keys(stage_key, 0);
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+    }
     const uint32_t s_stage = s_key + stage * kStageBytes;
     stage = stage == Config::kStages - 1 ? 0 : stage + 1;
 

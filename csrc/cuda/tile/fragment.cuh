@@ -159,14 +159,6 @@ struct RowFragments {
 #pragma unroll
     for (int i = 0; i < 4; ++i) fragment[i] = a[k][i];
   }
-  __device__ __forceinline__ void negate() {
-    constexpr uint32_t kSigns = 0x80008000u;
-#pragma unroll
-    for (int k = 0; k < kCols / kMmaK; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[k][i] ^= kSigns;
-    }
-  }
 };
 
 // The same, left in shared memory and read again at each use: for head dims that registers cannot hold. The swizzle
@@ -315,15 +307,15 @@ __device__ __forceinline__ void multiply_add(float (&acc)[kM][kN][4], const MmaO
 }
 
 // acc += left * tile, other_acc += other_left * tile, 16 rows each: the two share each fragment of the tile's 16 rows
-// from first_row on.
+// from first_row on, 8 kN columns from first_col on.
 template <typename Element, int kCols, int kN>
 __device__ __forceinline__ void multiply_add_both(float (&acc)[kN][4], const MmaOperand<Element>& left,
                                                   float (&other_acc)[kN][4], const MmaOperand<Element>& other_left,
-                                                  uint32_t s_tile, int first_row) {
+                                                  uint32_t s_tile, int first_row, int first_col) {
 #pragma unroll
   for (int n = 0; n < kN; n += 2) {
     if constexpr (kPartsOf<Element> > 1) __syncwarp();
-    const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row, n * kMmaN);
+    const auto b = operand_b_of_columns<Element, kCols>(s_tile, first_row, first_col + n * kMmaN);
     multiply_add(acc[n], acc[n + 1], left, b);
     if constexpr (kPartsOf<Element> > 1) __syncwarp();
     multiply_add(other_acc[n], other_acc[n + 1], other_left, b);

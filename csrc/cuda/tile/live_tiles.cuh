@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/cp_async.cuh"
 #include "math/block_mask.h"
 
 namespace adasplash2::cuda {
@@ -54,5 +55,29 @@ class LiveParts {
   LiveTiles tiles_;
   int tile_ = -1, part_ = kMaskKeys / kBlockN - 1;
 };
+
+// body(first key, stage) for all parts, when copy(first key, stage), by all threads of the block, has brought the part
+// to shared memory: with two stages while the part before is worked on, with one when all warps are done with that.
+template <int kStages, int kBlockN, typename Copy, typename Body>
+__device__ __forceinline__ void for_each_part(LiveParts<kBlockN> parts, const Copy& copy, const Body& body) {
+  static_assert(kStages == 1 || kStages == 2, "one part is worked on, at most one is on its way");
+  int key_begin = parts.next();
+  if (kStages == 2 && key_begin >= 0) copy(key_begin, 0);
+  ptx::cp_async_commit();
+  for (int stage = 0; key_begin >= 0; stage ^= kStages - 1) {
+    const int next_key_begin = parts.next();
+    if constexpr (kStages == 1) {
+      __syncthreads();
+      copy(key_begin, 0);
+      ptx::cp_async_commit();
+    }
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (kStages == 2 && next_key_begin >= 0) copy(next_key_begin, stage ^ 1);
+    ptx::cp_async_commit();
+    body(key_begin, stage);
+    key_begin = next_key_begin;
+  }
+}
 
 }  // namespace adasplash2::cuda

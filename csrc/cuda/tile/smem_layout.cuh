@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/config.h"
+
 namespace adasplash2::cuda {
 
 constexpr int kChunkBytes = 16;
@@ -27,7 +29,7 @@ struct FloatPart {
 template <typename Element>
 using Stored = std::conditional_t<std::is_same_v<Element, float>, FloatPart, Element>;
 template <typename Element>
-constexpr int kPartsOf = std::is_same_v<Stored<Element>, FloatPart> ? 3 : 1;
+constexpr int kPartsOf = std::is_same_v<Stored<Element>, FloatPart> ? kFloatParts : 1;
 
 // Columns of a tile of `kHeadDim` elements.
 template <typename Element, int kHeadDim>
