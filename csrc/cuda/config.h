@@ -103,7 +103,7 @@ constexpr int grad_block_rows(int cols) { return cols <= 256 ? 64 : cols <= 384 
 // Pass B.
 template <int kCols>
 struct OutputConfig {
-  static constexpr int kRowWarps = kCols <= 384 ? 4 : 2;
+  static constexpr int kRowWarps = kCols <= 384 ? 4 : 1;
   static constexpr int kChunkWarps = 4 / kRowWarps;  // with the same rows, each has columns of the values
   static constexpr int kWarps = kRowWarps * kChunkWarps;
   static constexpr int kThreads = kWarps * kWarpSize;
@@ -140,7 +140,7 @@ struct GradQueryConfig {
   static constexpr int kWarps = kRowWarps * kChunkWarps;
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = kWarpsPerSm / kWarps;
-  static constexpr int kBlockN = kKeysPerPart<kCols>;
+  static constexpr int kBlockN = kCols == 256 ? 16 : kKeysPerPart<kCols>;
   static constexpr int kKeysPerStep = kBlockN < 32 ? kBlockN : 32;  // scores in registers at a time
   static constexpr int kStages = kCols <= 256 ? 2 : 1;
   static constexpr bool kQueryInRegisters = kCols <= 128;
@@ -179,7 +179,7 @@ struct GradKeyValueConfig {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = kWarpsPerSm / kWarps;
   // Of floats 16: scores and three parts of each operand in registers at a time.
-  static constexpr int kBlockM = kCols <= 64 ? 64 : kCols % 192 == 0 ? 16 : 32;
+  static constexpr int kBlockM = kCols <= 64 ? 64 : kCols <= 128 ? 32 : 16;
   static constexpr int kQueriesPerStep = kBlockM < 32 ? kBlockM : 32;
   static constexpr int kStages = kCols <= 256 ? 2 : 1;
   static constexpr int kWarpChunk = kMostAccumulatedCols<kCols>;  // of dk and dv a warp accumulates
