@@ -111,7 +111,7 @@ def entmax_attention(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or alpha are not as described.
         NotImplementedError: ``dropout_p > 0``, or a functional transform (``torch.func``). On CUDA also head dims above
-            256 (float32: 128).
+            256.
 
     Source: entmax, its gradient and its bounds: Peters et al. 2019; alpha per head: Correia et al. 2019; one-scan
     attention: AdaSplash-2, arXiv 2604.15180.

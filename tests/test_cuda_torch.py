@@ -90,7 +90,7 @@ def test_named_inputs(name, head_dim):
 
 @on_gpu
 @pytest.mark.parametrize("name", ["gaussian", "sparse", "dense", "border", "huge_scores"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_float32(name, head_dim):
     tensors = cases.inputs(name, Shape(1, 2, 257, 300, head_dim), torch.float32)
     check(attention, *(t.requires_grad_() for t in tensors[:3]), tensors[3], is_causal=name == "dense")

@@ -18,6 +18,9 @@ constexpr int kWarpSize = 32;
 constexpr int kWarpsPerSm = 8;
 constexpr int kMinBlocksPerSm = 2;  // of 4 warps
 
+// A block's on GPUs of compute capability 8.6, 8.9 and 12.x, the least that there is from Ampere on.
+constexpr int kMostSmemBytes = 99 * 1024;
+
 constexpr int kLargestHeadDim = 256;
 
 // Head dims that are built; any multiple of 8 is padded with zeros, on the fly, to the next of them. The sizes below
@@ -96,8 +99,8 @@ constexpr int kKeysPerPart = kCols <= 128   ? kMaskKeys
                              : kCols <= 256 ? kMaskKeys / 2
                                             : kMaskKeys / 4;
 
-// Rows (keys) of a block of the gradients: those of two tensors, and the keys (queries) on their way past them, must fit
-// shared memory.
+// Rows (keys) of a block of the gradients: those of two tensors, and the keys (queries) on their way past them, must
+// fit shared memory.
 constexpr int grad_block_rows(int cols) { return cols <= 256 ? 64 : cols <= 384 ? 32 : 16; }
 
 // Pass B.

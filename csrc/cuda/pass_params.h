@@ -69,7 +69,8 @@ struct GradMaskWork {
     constexpr int64_t kEnoughBlocks = 1024;  // for any GPU
     const Mask& mask = problem.mask;
     const auto shared = [](int64_t stride, int64_t size) { return stride == 0 ? static_cast<int>(size) : 1; };
-    const int num_row_blocks = static_cast<int>(ceil_div<int64_t>(problem.num_queries, grad_block_rows(instance_cols(problem))));
+    const int num_row_blocks =
+        static_cast<int>(ceil_div<int64_t>(problem.num_queries, grad_block_rows(instance_cols(problem))));
     shared_batches = shared(mask.stride_batch, problem.batch);
     shared_heads = shared(mask.stride_head, problem.num_heads);
     shared_row_blocks = shared(mask.stride_row, num_row_blocks);

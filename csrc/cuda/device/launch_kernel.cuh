@@ -14,28 +14,15 @@ inline void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// GPUs of compute capability 8.6, 8.9 and 12.x have 99 KB a block, the instances for large head dims take up to 150 KB.
-inline void require_smem(size_t bytes) {
-  int device = 0, most = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  if (bytes > static_cast<size_t>(most)) {
-    throw std::runtime_error("adasplash2: the kernel for this dtype and head dim takes " + std::to_string(bytes) +
-                             " bytes of shared memory, and a block of this GPU has " + std::to_string(most));
-  }
-}
-
 // Throws std::runtime_error when the launch is refused. Arguments are converted to the kernel's parameter types.
 template <typename... Params, typename... Args>
 void launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
                    Args&&... args) {
   constexpr size_t kSmemWithoutOptIn = 48 * 1024;
   if (smem_bytes > kSmemWithoutOptIn) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(smem_bytes));
-    if (status != cudaSuccess) require_smem(smem_bytes);
-    check_cuda(status, "cudaFuncSetAttribute");
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(smem_bytes)),
+               "cudaFuncSetAttribute");
   }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;

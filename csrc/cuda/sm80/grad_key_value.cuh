@@ -1,12 +1,13 @@
-// Backward, dk and dv: over the live query blocks of a block of keys, dV = P^T dO, dK = sigma dS^T Q (docs/algorithm.md,
-// section 5). The heads of a group are added up inside the block, in a fixed order: no atomics, the same bits each run.
+// Backward, dk and dv: over the live query blocks of a block of keys, dV = P^T dO, dK = sigma dS^T Q
+// (docs/algorithm.md, section 5). The heads of a group are added up inside the block, in a fixed order: no atomics, the
+// same bits each run.
 //
 //   in   query, key, value, grad_out, tau, delta, block_mask by columns
 //   out  grad_key (B, Hkv, Nk, D), grad_value (B, Hkv, Nk, Dv), data nullable: not wanted
 //
 // Grid (blocks of kBlockN keys, Hkv * chunks of gradient columns, B). A warp owns kKeysPerWarp keys and kWarpChunk of
-// the columns, and works on the transposes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands without
-// passing through shared memory. Four products a tile.
+// the columns, and works on the transposes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands
+// without passing through shared memory. Four products a tile.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -28,6 +28,12 @@ template <typename Element, int kHeadDim>
 struct Instance {
   static constexpr int kCols = kTileCols<Element, kHeadDim>;
 
+  template <typename Config, typename Params>
+  static void launch(void (*kernel)(Params), dim3 grid, void* stream, const Params& params) {
+    static_assert(Config::kSmemBytes <= kMostSmemBytes, "every GPU must have room for a block");
+    launch_kernel(kernel, grid, dim3(Config::kThreads), Config::kSmemBytes, stream_of(stream), params);
+  }
+
   // f(std::bool_constant) for whether there is a mask.
   template <typename Function>
   static void for_mask(const AttentionProblem& problem, const Function& f) {
@@ -59,10 +65,10 @@ struct Instance {
                             const WorkOrder& order, cudaStream_t stream) {
     const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
     const int group_size = static_cast<int>(problem.num_heads / problem.num_kv_heads);
-    order_blocks({mask, grid, static_cast<int>(problem.num_kv_heads), kMaskKeys / block_keys, group_size,
-                  shape.group_words(), shape.group_words(), group_size * shape.column_words(), shape.column_words(),
-                  shape.column_words()},
-                 order, stream);
+    order_blocks(
+        {mask, grid, static_cast<int>(problem.num_kv_heads), kMaskKeys / block_keys, group_size, shape.group_words(),
+         shape.group_words(), group_size * shape.column_words(), shape.column_words(), shape.column_words()},
+        order, stream);
   }
 
   static void scan(const Forward& call, const ForwardWorkspace& workspace) {
@@ -72,9 +78,9 @@ struct Instance {
       // The scan needs the power function in its solve only: alpha = 2 takes the general one.
       constexpr AlphaKind kKind = kind == AlphaKind::kOneAndHalf ? kind() : AlphaKind::kGeneral;
       for_mask(problem, [&](auto has_mask) {
-        launch_kernel(scan_kernel<Element, kHeadDim, kKind, has_mask()>,
-                      grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
-                      dim3(Config::kThreads), Config::kSmemBytes, stream_of(call.stream), scan_params(call, workspace));
+        launch<Config>(scan_kernel<Element, kHeadDim, kKind, has_mask()>,
+                       grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
+                       call.stream, scan_params(call, workspace));
       });
     });
   }
@@ -88,8 +94,8 @@ struct Instance {
     order_rows(problem, workspace.scan_mask, grid, Config::kBlockM, workspace.order, stream_of(call.stream));
     for_alpha_kind(problem, [&](auto kind) {
       for_mask(problem, [&](auto has_mask) {
-        launch_kernel(output_kernel<Element, kHeadDim, kind(), has_mask()>, grid, dim3(Config::kThreads),
-                      Config::kSmemBytes, stream_of(call.stream), output_params(call, workspace));
+        launch<Config>(output_kernel<Element, kHeadDim, kind(), has_mask()>, grid, call.stream,
+                       output_params(call, workspace));
       });
     });
   }
@@ -111,8 +117,8 @@ struct Instance {
       for_mask(problem, [&](auto has_mask) {
         using Config = GradQueryConfig<kCols, has_mask()>;
         static_assert(Config::kBlockM == kBlockM, "blocks are ordered by those rows");
-        launch_kernel(grad_query_kernel<Element, kHeadDim, kind(), has_mask()>, grid, dim3(Config::kThreads),
-                      Config::kSmemBytes, stream_of(call.stream), grad_params(call, workspace, call.block_mask));
+        launch<Config>(grad_query_kernel<Element, kHeadDim, kind(), has_mask()>, grid, call.stream,
+                       grad_params(call, workspace, call.block_mask));
       });
     });
   }
@@ -123,15 +129,14 @@ struct Instance {
     const int64_t largest_dim = problem.head_dim > problem.value_head_dim ? problem.head_dim : problem.value_head_dim;
     constexpr int kBlockN = grad_block_rows(kCols), kChunk = GradKeyValueConfig<kCols, true>::kGradChunk;
     const int64_t num_chunks = ceil_div<int64_t>(largest_dim, kChunkOf<Element, kChunk>);
-    const dim3 grid =
-        grid_of(problem, ceil_div<int64_t>(problem.num_keys, kBlockN), problem.num_kv_heads * num_chunks);
+    const dim3 grid = grid_of(problem, ceil_div<int64_t>(problem.num_keys, kBlockN), problem.num_kv_heads * num_chunks);
     order_columns(problem, workspace.column_mask, grid, kBlockN, workspace.order, stream_of(call.stream));
     for_alpha_kind(problem, [&](auto kind) {
       for_mask(problem, [&](auto has_mask) {
         using Config = GradKeyValueConfig<kCols, has_mask()>;
         static_assert(Config::kBlockN == kBlockN && Config::kGradChunk == kChunk, "blocks are ordered by those keys");
-        launch_kernel(grad_key_value_kernel<Element, kHeadDim, kind(), has_mask()>, grid, dim3(Config::kThreads),
-                      Config::kSmemBytes, stream_of(call.stream), grad_params(call, workspace, workspace.column_mask));
+        launch<Config>(grad_key_value_kernel<Element, kHeadDim, kind(), has_mask()>, grid, call.stream,
+                       grad_params(call, workspace, workspace.column_mask));
       });
     });
   }
@@ -139,37 +144,35 @@ struct Instance {
   static void grad_alpha(const Backward& call, const BackwardWorkspace& workspace) {
     using Config = GradSumsConfig<kCols>;
     const AttentionProblem& problem = call.problem;
-    const cudaStream_t stream = stream_of(call.stream);
     if (problem.num_queries > 0) {
-      launch_kernel(grad_alpha_kernel<Element, kHeadDim>,
-                    grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
-                    dim3(Config::kThreads), Config::kSmemBytes, stream,
-                    GradAlphaParams{problem, call.tau, call.block_mask, call.grad_out, workspace.alpha_rows});
+      launch<Config>(grad_alpha_kernel<Element, kHeadDim>,
+                     grid_of(problem, ceil_div<int64_t>(problem.num_queries, Config::kBlockM), problem.num_heads),
+                     call.stream,
+                     GradAlphaParams{problem, call.tau, call.block_mask, call.grad_out, workspace.alpha_rows});
     }
     launch_kernel(row_sum_kernel, dim3(static_cast<unsigned>(problem.batch * problem.num_heads)), dim3(kRowSumThreads),
-                  kRowSumThreads * sizeof(double), stream,
+                  kRowSumThreads * sizeof(double), stream_of(call.stream),
                   RowSumParams{problem.num_queries, workspace.alpha_rows, call.grad_alpha});
   }
 
   static void grad_mask(const Backward& call, const BackwardWorkspace& workspace) {
     using Config = GradSumsConfig<kCols>;
     const AttentionProblem& problem = call.problem;
-    const cudaStream_t stream = stream_of(call.stream);
     const GradMaskWork work(problem);
     if (work.num_elements == 0) return;
     if (work.num_slabs > 0) {
       const int64_t num_key_blocks = ceil_div<int64_t>(problem.num_keys, Config::kBlockN);
-      launch_kernel(grad_mask_kernel<Element, kHeadDim>,
-                    dim3(static_cast<unsigned>(work.num_slabs * work.row_blocks * num_key_blocks),
-                         static_cast<unsigned>(problem.num_heads / work.shared_heads),
-                         static_cast<unsigned>(problem.batch / work.shared_batches)),
-                    dim3(Config::kThreads), Config::kSmemBytes, stream,
-                    GradMaskParams{problem, call.tau, workspace.delta, call.block_mask, call.grad_out, work,
-                                   work.num_slabs == 1 ? call.grad_mask : workspace.mask_slabs});
+      launch<Config>(grad_mask_kernel<Element, kHeadDim>,
+                     dim3(static_cast<unsigned>(work.num_slabs * work.row_blocks * num_key_blocks),
+                          static_cast<unsigned>(problem.num_heads / work.shared_heads),
+                          static_cast<unsigned>(problem.batch / work.shared_batches)),
+                     call.stream,
+                     GradMaskParams{problem, call.tau, workspace.delta, call.block_mask, call.grad_out, work,
+                                    work.num_slabs == 1 ? call.grad_mask : workspace.mask_slabs});
     }
     if (work.num_slabs != 1) {
       launch_kernel(slab_sum_kernel, dim3(static_cast<unsigned>(ceil_div<int64_t>(work.num_elements, kSlabSumThreads))),
-                    dim3(kSlabSumThreads), 0, stream,
+                    dim3(kSlabSumThreads), 0, stream_of(call.stream),
                     SlabSumParams{work.num_slabs, work.num_elements, workspace.mask_slabs, call.grad_mask});
     }
   }
