@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(library.has_gpu(), reason="seeded bugs are for t
 TILE = "csrc/cuda/tile/"
 SCAN, OUTPUT = "csrc/cuda/sm80/scan.cuh", "csrc/cuda/sm80/output.cuh"
 GRAD_QUERY, GRAD_KEY_VALUE = "csrc/cuda/sm80/grad_query.cuh", "csrc/cuda/sm80/grad_key_value.cuh"
+LIVE_TILES = "csrc/cuda/tile/live_tiles.cuh"
 GRAD_MASK, PASS_PARAMS = "csrc/cuda/sm80/grad_mask.cuh", "csrc/cuda/pass_params.h"
 HISTOGRAM, ENTMAX, WORK_RANGE = "csrc/math/histogram.h", "csrc/math/entmax.h", "csrc/math/work_range.h"
 REFINEMENT = "csrc/math/refinement.h"
@@ -29,12 +30,12 @@ BUGS = {
     "the scan does not wait for its tile": Patch(SCAN, "ptx::cp_async_wait<Config::kStages - 2>();", ""),
     "no barrier before a stage is filled again": Patch(
         SCAN,
-        "    ptx::cp_async_wait<Config::kStages - 2>();\n    __syncthreads();",
-        "    ptx::cp_async_wait<Config::kStages - 2>();",
+        "ptx::cp_async_wait<Config::kStages - 2>();\n      __syncthreads();",
+        "ptx::cp_async_wait<Config::kStages - 2>();",
     ),
     "the queries are overwritten while others read them": Patch(
-        SCAN, "query[i].load(s_key, warp * Config::kRowsPerWarp + i * kMmaM);\n  __syncthreads();",
-        "query[i].load(s_key, warp * Config::kRowsPerWarp + i * kMmaM);",
+        SCAN, "query[i].load(s_query, warp * Config::kRowsPerWarp + i * kMmaM);\n  __syncthreads();",
+        "query[i].load(s_query, warp * Config::kRowsPerWarp + i * kMmaM);",
     ),
     "hits counted without an atomic": Patch(
         SCAN, "atomicAdd(s_bin, one.count_and_sum);", "*s_bin += one.count_and_sum;"
@@ -69,9 +70,9 @@ BUGS = {
         REFINEMENT, "fold.step = entmax.last_step(sums);", "fold.step = 0.0f;"
     ),
     "a value tile is read in flight": Patch(
-        OUTPUT,
-        "ptx::cp_async_wait<0>();\n      __syncthreads();\n      if (next_key_begin",
-        "__syncthreads();\n      if (next_key_begin",
+        LIVE_TILES,
+        "ptx::cp_async_wait<0>();\n    __syncthreads();\n    if (kStages == 2",
+        "__syncthreads();\n    if (kStages == 2",
     ),
     "the mask loses a word": Patch(OUTPUT, "finish_words_before(mask_shape.key_words());", ""),
     "delta has the wrong sign": Patch(
