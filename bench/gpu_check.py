@@ -61,12 +61,19 @@ class Step:
         ]
 
 
-def architecture() -> str:
-    """nvcc's name for the GPU here; Hopper's own instructions exist only under sm_90a, which no driver names."""
+def compute_capability() -> str | None:
+    """Of the GPU here, as "9.0"; None without one."""
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        capability = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def architecture() -> str:
+    """nvcc's name for the GPU here; Hopper's own instructions exist only under sm_90a, which no driver names."""
+    capability = compute_capability()
+    if capability is None:
         return "native"
     return "sm_90a" if capability == "9.0" else f"sm_{capability.replace('.', '')}"
 
@@ -110,7 +117,7 @@ def steps() -> list[Step]:
             (f"{PYTHON} setup.py build_ext --inplace", f"{PYTHON} -m adasplash2"),
             tools=("nvcc", "ninja"),
             modules=("torch", "setuptools", "pybind11"),
-            environment={"ADASPLASH2_CUDA": "1"},
+            environment={"ADASPLASH2_CUDA": "1", "TORCH_CUDA_ARCH_LIST": compute_capability() or ""},  # "": the default
         ),
         Step(
             "tests",

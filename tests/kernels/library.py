@@ -23,9 +23,17 @@ from torch import Tensor
 from adasplash2.reference import AttentionAux
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL_INSTANCES = ROOT / "tests" / "kernels" / "all_instances.cu"
-ONE_INSTANCE = {path: ROOT / "tests" / "kernels" / f"one_instance_{path}.cu" for path in ("sm80", "sm90")}
-ENTMAX = ROOT / "tests" / "kernels" / "entmax.cu"
+HERE, CUDA = ROOT / "tests" / "kernels", ROOT / "csrc" / "cuda"
+# Translation units of libraries: everything but what is Hopper's own, and that.
+PORTABLE = (
+    HERE / "entry_points.cu", CUDA / "launch.cpp", CUDA / "any_arch" / "entmax.cu",
+    *sorted((CUDA / "sm80" / "instances").glob("*.cu")),
+)  # fmt: skip
+SM90 = tuple(sorted((CUDA / "sm90" / "instances").glob("*.cu")))
+WITH_SM90 = "ADASPLASH2_CUDA_SM90"  # defined where the library has both
+ALL = (*PORTABLE, *SM90)
+ONE_INSTANCE = {path: (HERE / f"one_instance_{path}.cu",) for path in ("sm80", "sm90")}
+ENTMAX = (HERE / "entmax.cu",)
 
 PATHS = ("auto", "sm80", "sm90")  # cuda::Path
 path = "auto"  # that every call asks for: see the fixture cuda_path
@@ -116,20 +124,15 @@ class GpuLibrary:
 def build_for_gpu(arch: str) -> Path:
     """The shared library for one architecture ("90"), by nvcc; needs no GPU."""
     sources = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
-    sources += sorted(ALL_INSTANCES.parent.glob("*.[ch]*"))
+    sources += sorted(HERE.glob("*.[ch]*"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     build = ROOT / "build" / "gpu" / f"{digest}-{arch}"
     target = build / "kernels.so"
-    if target.exists():
-        return target
-    build.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-Xptxas", "-warn-spills"]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda/device'}"]
-    units = sorted((ROOT / "csrc/cuda/sm80/instances").glob("*.cu"))
-    units += [ROOT / "csrc/cuda/any_arch/entmax.cu", ROOT / "csrc/cuda/launch.cpp", ROOT / "tests/kernels/gpu.cu"]
+    units = ALL if arch == "90" else PORTABLE
     if arch == "90":
-        units += sorted((ROOT / "csrc/cuda/sm90/instances").glob("*.cu"))
-        flags += ["-DADASPLASH2_CUDA_SM90"]
+        flags.append(f"-D{WITH_SM90}")
 
     def compile_unit(unit: Path) -> str:
         folder = unit.parents[1].name  # the instances of both paths have the same names
@@ -139,11 +142,11 @@ def build_for_gpu(arch: str) -> Path:
         subprocess.run(["nvcc", *flags, target_flag, "-c", str(unit), "-o", made], check=True)
         return made
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_unit, units))
-    scratch = build / f"{os.getpid()}.so"
-    subprocess.run(["nvcc", "-shared", *objects, "-o", str(scratch)], check=True)
-    scratch.replace(target)
+    with emulator.making(target) as scratch:
+        if scratch is not None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(compile_unit, units))
+            subprocess.run(["nvcc", "-shared", *objects, "-o", str(scratch)], check=True)
     return target
 
 
@@ -162,14 +165,15 @@ def covered_paths() -> tuple[str, ...]:
 
 @functools.cache
 def build(
-    source: Path = ALL_INSTANCES, instrumented: bool = True, patches: tuple[emulator.Patch, ...] = ()
+    units: tuple[Path, ...] = ALL, instrumented: bool = True, patches: tuple[emulator.Patch, ...] = ()
 ) -> emulator.Library | GpuLibrary:
     if has_gpu():
         assert not patches, "seeded bugs are for the emulator"
         major, minor = torch.cuda.get_device_capability()
         library: emulator.Library | GpuLibrary = GpuLibrary(build_for_gpu(f"{major}{minor}"))
     else:
-        library = emulator.build(source, instrumented=instrumented, patches=patches)
+        defines = [WITH_SM90] if units is ALL else []
+        library = emulator.build(*units, instrumented=instrumented, patches=patches, defines=defines)
     _check_mirrors(_functions(library))
     return library
 

@@ -1,6 +1,6 @@
 """Builds CUDA sources for the emulator and calls them.
 
-    library = emulator.build(Path("csrc/cuda/...cu"))
+    library = emulator.build(Path("csrc/cuda/...cu"), ...)
     counters = library.call("entry_point", argument, ..., tensors={"query": query}, seed=0)
 
 `call` raises `Diagnosis` with the emulator's report when the kernel does something wrong.
@@ -8,13 +8,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,15 +104,19 @@ def _cpu() -> str:
     return next((line for line in lines if line.startswith("flags")), "")
 
 
-def _publish(made: Path, final: Path) -> None:
-    """Moves a finished file into place, so that processes that build the same thing at once do not meet."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(made, final)
-
-
-def _scratch(target: Path) -> Path:
+@contextlib.contextmanager
+def making(target: Path) -> Iterator[Path | None]:
+    """A path to make `target` at, which is moved into place at the end; None where it is there already. Of processes
+    and threads that want the same target at once, one makes it and the others wait."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    with open(target.with_name(f"{target.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            yield None
+            return
+        scratch = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        yield scratch
+        os.replace(scratch, target)
 
 
 def _runtime_object() -> Path:
@@ -117,72 +124,83 @@ def _runtime_object() -> Path:
     sources = sorted((SIMT / "src").glob("*.cpp"))
     files = sorted(file for folder in ("src", "include") for file in (SIMT / folder).iterdir())
     target = BUILD / f"runtime-{_digest(files, _RUNTIME_FLAGS, _cpu())}.o"
-    if target.exists():
-        return target
-    scratch = _scratch(target)
-    objects = []
-    running = []
-    for source in sources:
-        objects.append(scratch.with_suffix(f".{source.stem}.o"))
-        command = [_compiler(), *_RUNTIME_FLAGS, f"-I{SIMT / 'include'}", "-c", str(source), "-o", str(objects[-1])]
-        running.append((source, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
-        if len(running) == os.cpu_count():
-            _finish(*running.pop(0))
-    for entry in running:
-        _finish(*entry)
-    _run("ld", "-r", *objects, "-o", scratch)
-    for file in objects:
-        file.unlink()
-    _publish(scratch, target)
+    with making(target) as scratch:
+        if scratch is not None:
+            with tempfile.TemporaryDirectory(dir=BUILD) as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+                def compile_source(source: Path) -> Path:
+                    made = Path(folder) / f"{source.stem}.o"
+                    _run(_compiler(), *_RUNTIME_FLAGS, f"-I{SIMT / 'include'}", "-c", source, "-o", made)
+                    return made
+
+                _run("ld", "-r", *pool.map(compile_source, sources), "-o", scratch)
     return target
-
-
-def _finish(source: Path, process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate()
-    if process.returncode != 0:
-        raise RuntimeError(f"{source}\n{errors}")
 
 
 def _include_flags(root: Path) -> list[str]:
     return [f"-I{root / 'tests' / 'simt' / 'include'}", f"-I{root / 'csrc'}"]
 
 
-def _compile(
-    source: Path, instrumented: bool, patches: Sequence[Patch], defines: Sequence[str], link: Sequence[str], suffix: str
+def _object(source: Path, flags: Sequence[str], patches: Sequence[Patch], files: Sequence[Path], target: Path) -> None:
+    """Compiles `source`, which includes `files`, against the emulator."""
+    with making(target) as scratch:
+        if scratch is None:
+            return
+        with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+            root = ROOT
+            map_paths: tuple[str, ...] = ()
+            if patches:
+                root = Path(folder) / "source"
+                kept = target.with_suffix(".source")
+                for file in files:
+                    copy = root / file.relative_to(ROOT)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)
+                for patch in patches:
+                    patch.apply(root)
+                # The debug information names the copy that stays, for reports and gdb.
+                shutil.copytree(root, kept, dirs_exist_ok=True)
+                map_paths = (f"-ffile-prefix-map={root}={kept}",)
+            path = root / source.relative_to(ROOT)
+            _run(_compiler(), *flags, *map_paths, *_include_flags(root), "-c", path, "-o", scratch)
+
+
+def _build(
+    sources: Sequence[Path],
+    instrumented: bool,
+    patches: Sequence[Patch],
+    defines: Sequence[str],
+    link: Sequence[str],
+    suffix: str,
 ) -> Path:
-    """Compiles `source` against the emulator and links it with `link`; cached by the content of all it may include."""
-    source = source.resolve()
+    """Compiles `sources` side by side and links them with `link`; cached by the content of all they may include."""
     instrumentation = _INSTRUMENTATION if instrumented else ()
     extra = os.environ.get("SIMT_CXXFLAGS", "").split()  # -O0 for gdb, say
     flags = (*_KERNEL_FLAGS, *instrumentation, *(f"-D{define}" for define in defines), *extra)
-    files = _dependencies(source, [*flags, *_include_flags(ROOT)])
-    runtime = _runtime_object()
-    digest = _digest(files, flags, patches, link, runtime.name)
-    target = BUILD / f"{source.stem}-{digest}{suffix}"
-    if target.exists():
-        return target
-    scratch = _scratch(target)
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
-        root = ROOT
-        map_paths: tuple[str, ...] = ()
-        if patches:
-            root = Path(folder) / "source"
-            kept = BUILD / f"{source.stem}-{digest}.source"
-            for file in files:
-                copy = root / file.relative_to(ROOT)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, copy)
-            for patch in patches:
-                patch.apply(root)
-            # The debug information names the copy that stays, for reports and gdb.
-            shutil.copytree(root, kept, dirs_exist_ok=True)
-            map_paths = (f"-ffile-prefix-map={root}={kept}",)
-        object_file = Path(folder) / "kernel.o"
-        path = root / source.relative_to(ROOT)
-        _run(_compiler(), *flags, *map_paths, *_include_flags(root), "-c", path, "-o", object_file)
-        # The runtime first: of the inline functions that both hold, the linker keeps those without instrumentation.
-        _run(_compiler(), *link, runtime, object_file, "-ldl", "-o", scratch)
-    _publish(scratch, target)
+    sources = [source.resolve() for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runtime = pool.submit(_runtime_object)
+        includes = list(pool.map(lambda source: _dependencies(source, [*flags, *_include_flags(ROOT)]), sources))
+        objects = [
+            BUILD / f"{source.stem}-{_digest(files, flags, patches)}.o"
+            for source, files in zip(sources, includes, strict=True)
+        ]
+        names = [file.name for file in (runtime.result(), *objects)]
+        target = BUILD / f"{sources[0].stem}-{_digest([], names, link)}{suffix}"
+        with making(target) as scratch:
+            if scratch is not None:
+                compiled = [
+                    pool.submit(_object, source, flags, patches, files, made)
+                    for source, files, made in zip(sources, includes, objects, strict=True)
+                ]
+                for result in compiled:
+                    result.result()
+                # The runtime first: of the inline functions that both hold, the linker keeps those without
+                # instrumentation.
+                _run(_compiler(), *link, runtime.result(), *objects, "-ldl", "-o", scratch)
+                if patches:  # nobody will ask for them again
+                    for made in objects:
+                        made.unlink()
     return target
 
 
@@ -232,15 +250,15 @@ class Library:
 
 
 def build(
-    source: Path, *, instrumented: bool = True, patches: Sequence[Patch] = (), defines: Sequence[str] = ()
+    *sources: Path, instrumented: bool = True, patches: Sequence[Patch] = (), defines: Sequence[str] = ()
 ) -> Library:
-    """The emulated library of a .cu file with extern "C" entry points.
+    """The emulated library of .cu files with extern "C" entry points.
 
     Instrumented builds check every access and are two to three times slower; the plain ones serve for big problems.
     """
-    return Library(_compile(source, instrumented, patches, defines, ["-shared"], ".so"), instrumented)
+    return Library(_build(sources, instrumented, patches, defines, ["-shared"], ".so"), instrumented)
 
 
 def build_program(source: Path, *, patches: Sequence[Patch] = ()) -> Path:
     """The emulated executable, instrumented, of a .cu file with a main(). SIMT_SEED in its environment is the seed."""
-    return _compile(source, True, patches, (), ["-pie"], "")
+    return _build([source], True, patches, (), ["-pie"], "")

@@ -1,0 +1,3 @@
+// The entry points; the kernels are compiled beside them.
+#include "api.h"
+#include "entmax_api.h"
