@@ -25,8 +25,9 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 # The kernel layer and its C++ tests, without torch.
+CMAKE_FLAGS ?=
 ctest: $(VENV)/.ready
-	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release >/dev/null
+	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release $(CMAKE_FLAGS) >/dev/null
 	cmake --build build/cmake -j2 >/dev/null
 	ctest --test-dir build/cmake --output-on-failure
 
