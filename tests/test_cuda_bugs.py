@@ -25,6 +25,7 @@ SM90_OUTPUT, SM90_GRAD_QUERY = "csrc/cuda/sm90/output.cuh", "csrc/cuda/sm90/grad
 LIVE_KEY_TILES, WARPGROUP = "csrc/cuda/sm90/live_key_tiles.cuh", "csrc/cuda/sm90/warpgroup.cuh"
 SM90_SCAN, SM90_REFINE = "csrc/cuda/sm90/scan.cuh", "csrc/cuda/sm90/refine.cuh"
 RING, SM90_GRAD_KEY_VALUE = "csrc/cuda/sm90/ring.cuh", "csrc/cuda/sm90/grad_key_value.cuh"
+WORK_QUEUE = "csrc/cuda/sm90/work_queue.cuh"
 
 BUGS = {
     "the scan does not wait for its tile": Patch(SCAN, "ptx::cp_async_wait<Config::kStages - 2>();", ""),
@@ -123,7 +124,28 @@ BUGS = {
         WARPGROUP, "  __syncwarp();\n  if (lane != 0) return;", "  if (lane != 0) return;"
     ),
     "sm90: the block ends with its stores in flight": Patch(
-        SM90_GRAD_QUERY, "if (lane == 0) ptx::tma_store_wait_read<0>();", ""
+        SM90_GRAD_QUERY, "if (lane_id() == 0) ptx::tma_store_wait_read<0>();", ""
+    ),
+    "sm90: the results of an item are overwritten on their way out": Patch(
+        SM90_GRAD_QUERY, "    if (lane == 0) ptx::tma_store_wait_read<0>();\n    __syncwarp();\n", ""
+    ),
+    "sm90: other lanes overwrite results on their way out": Patch(
+        SM90_OUTPUT, "if (lane == 0) ptx::tma_store_wait_read<0>();\n    __syncwarp();",
+        "if (lane == 0) ptx::tma_store_wait_read<0>();",
+    ),
+    "sm90: the queries of an item are released before they are read": Patch(
+        SM90_SCAN, "  uint32_t query[kHeadDim / kWgmmaK][4];\n",
+        "  uint32_t query[kHeadDim / kWgmmaK][4];\n  smem.slot.release(item);\n",
+    ),
+    "sm90: the next item comes while others are at the last": Patch(
+        WORK_QUEUE, "ring.wait_free(position.stage, position.parity);", ""
+    ),
+    "sm90: a consumer does not wait for its next item": Patch(
+        SM90_GRAD_QUERY, "slot.kNone; item.advance()) {", "slot.kNone;) {"
+    ),
+    "sm90: items are left out": Patch(WORK_QUEUE, "atomicAdd(queue.num_taken, 1u)", "atomicAdd(queue.num_taken, 2u)"),
+    "sm90: the edge tile of the next item is cleared before it is there": Patch(
+        LIVE_KEY_TILES, "position.edge_parity ^= 1;", ""
     ),
     "sm90 keys: the guard does not wait for a stage": Patch(
         SM90_GRAD_KEY_VALUE, "ring.wait(stage, position.parity);", ""
@@ -153,16 +175,24 @@ BUGS = {
     "sm90 keys: accumulators are read in flight": Patch(
         SM90_GRAD_KEY_VALUE, "ptx::wgmma_wait<1>();\n        ptx::wgmma_pin(score);", "ptx::wgmma_pin(score);"
     ),
+    "sm90 keys: the keys of the next item come while results leave": Patch(
+        SM90_GRAD_KEY_VALUE, "    if (lane == 0) ptx::tma_store_wait_read<0>();\n", ""
+    ),
+    "sm90 keys: the keys of two items share their place": Patch(
+        SM90_GRAD_KEY_VALUE, "slot * Smem::kSlotBytes", "slot / 2 * Smem::kSlotBytes"
+    ),
     "sm90 keys: padding is not cleared": Patch(
         SM90_GRAD_KEY_VALUE, "is_bad = !(tau[i] < INFINITY);", "is_bad = std::isnan(tau[i]);"
     ),
     "sm90 keys: rows of NaN are not cleared": Patch(
         SM90_GRAD_KEY_VALUE, "is_bad = !(tau[i] < INFINITY);", "is_bad = tau[i] == INFINITY;"
     ),
-    "sm90 keys: padding has a delta": Patch(SM90_GRAD_KEY_VALUE, "is_padding ? 0.0f : params.delta", "params.delta"),
+    "sm90 keys: padding has a delta": Patch(
+        SM90_GRAD_KEY_VALUE, "is_padding ? 0.0f : params.pass.delta", "params.pass.delta"
+    ),
     "sm90 keys: cleared rows without a proxy fence": Patch(SM90_GRAD_KEY_VALUE, "ptx::fence_proxy_async();", ""),
     "sm90 keys: the guard goes ahead of its lanes": Patch(
-        SM90_GRAD_KEY_VALUE, "__syncwarp();\n      if (lane_id() == 0) ptx::mbarrier_arrive(ready(stage));",
+        SM90_GRAD_KEY_VALUE, "__syncwarp();\n        if (lane_id() == 0) ptx::mbarrier_arrive(ready(stage));",
         "if (lane_id() == 0) ptx::mbarrier_arrive(ready(stage));",
     ),
     "sm90 keys: keys that take no part keep a gradient": Patch(
@@ -172,7 +202,7 @@ BUGS = {
         SM90_GRAD_KEY_VALUE, "block.head_live >> kConsumer & 1", "block.head_live >> (1 - kConsumer) & 1"
     ),
     "sm90 keys: the first of a group's heads alone": Patch(
-        SM90_GRAD_KEY_VALUE, "head < first_head + group_size; ++head", "head < first_head + 1; ++head"
+        SM90_GRAD_KEY_VALUE, "head < block.first_head + block.group_size; ++head", "head < block.first_head + 1; ++head"
     ),
     "sm90: votes are counted before all are cast": Patch(
         SM90_REFINE, "ptx::mbarrier_wait(s_smem + Smem::kVoted, pass % 2);", ""

@@ -49,8 +49,12 @@ struct WorkOrderLayout {
     num_blocks = problem.batch * num_chunks * std::max(row_blocks, key_blocks);
   }
   int64_t index_bytes() const { return align_up(num_blocks * int64_t(sizeof(BlockAt))); }
-  int64_t num_bytes() const { return index_bytes() + align_up(num_blocks); }
-  WorkOrder at(uint8_t* bytes) const { return {reinterpret_cast<BlockAt*>(bytes), bytes + index_bytes()}; }
+  int64_t level_bytes() const { return align_up(num_blocks); }
+  int64_t num_bytes() const { return index_bytes() + level_bytes() + align_up(int64_t(sizeof(uint32_t))); }
+  WorkOrder at(uint8_t* bytes) const {
+    return {reinterpret_cast<BlockAt*>(bytes), bytes + index_bytes(),
+            reinterpret_cast<uint32_t*>(bytes + index_bytes() + level_bytes())};
+  }
 };
 
 constexpr std::array<const char*, 3> kPathNames{"auto", "sm80", "sm90"};

@@ -4,10 +4,11 @@
 //   in   query, key, value, grad_out, tau, delta, block_mask by columns
 //   out  grad_key (B, Hkv, Nk, D), grad_value (B, Hkv, Nk, Dv), data nullable: not wanted
 //
-// Grid (key blocks, Hkv, B). A producer warp walks the mask and sends blocks of 64 queries with their grad_out
-// through a ring; a guard warp adds tau and delta, and clears what may be NaN and must reach nothing. Two consumer
-// warpgroups own 64 keys each and work on the transposes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left
-// operands as they come out of the accumulators.
+// Blocks stay, and take blocks of 128 keys one after the other (work_queue.cuh). A producer warp brings these keys and
+// their values, walks the mask, and sends blocks of 64 queries with their grad_out through a ring; a guard warp adds
+// tau and delta, and clears what may be NaN and must reach nothing. Two consumer warpgroups own 64 keys each and work
+// on the transposes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T are left operands as they come out of the
+// accumulators.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,16 +31,33 @@
 #include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/smem_tile.cuh"
 #include "cuda/sm90/warpgroup.cuh"
+#include "cuda/sm90/work_queue.cuh"
 #include "cuda/tile/row_reduce.cuh"
 #include "math/block_mask.h"
 #include "math/entmax.h"
 
 namespace adasplash2::cuda::sm90 {
 
-struct GradKeyValueMaps {
+struct GradKeyValueParams {
+  GradParams pass;
+  WorkQueue queue;
   TensorMap query, grad_out;       // boxes of kBlockM rows
   TensorMap key, value;            // boxes of kMaskKeys rows
   TensorMap grad_key, grad_value;  // boxes of a warp's 16 rows; unused where not wanted
+};
+
+// The keys of an item.
+struct KeyBlock {
+  int batch, kv_head, group_size, first_head, key_begin;
+  WorkRange range;
+
+  __device__ __forceinline__ KeyBlock(const AttentionProblem& problem, BlockAt block, int block_keys)
+      : batch(block.y_and_z >> 16),
+        kv_head(block.y_and_z & 0xffff),
+        group_size(static_cast<int>(problem.num_heads) / static_cast<int>(problem.num_kv_heads)),
+        first_head(kv_head * group_size),
+        key_begin(block.x * block_keys),
+        range(work_range(problem, batch)) {}
 };
 
 // The shared memory of a block, in bytes from its beginning.
@@ -49,17 +67,18 @@ struct GradKeyValueSmem {
   using Tile = SmemTile<64, kHeadDim>;
   static constexpr int kStatBytes = Config::kBlockM * 4;
 
-  static constexpr int kKey = 0;                                               // [kConsumers] tiles
-  static constexpr int kValue = kKey + Config::kConsumers * Tile::kBytes;      // [kConsumers] tiles
-  static constexpr int kQuery = kValue + Config::kConsumers * Tile::kBytes;    // [kStages] tiles
+  static constexpr int kSlotBytes = 2 * Config::kConsumers * Tile::kBytes;     // keys and values of an item
+  static constexpr int kSlots = 0;                                             // [kSlots][2][kConsumers] tiles
+  static constexpr int kQuery = kSlots + Config::kSlots * kSlotBytes;          // [kStages] tiles
   static constexpr int kGradOut = kQuery + Config::kStages * Tile::kBytes;     // [kStages] tiles
   static constexpr int kTau = kGradOut + Config::kStages * Tile::kBytes;       // [kStages][kBlockM] float
   static constexpr int kDelta = kTau + Config::kStages * kStatBytes;           // [kStages][kBlockM] float
   static constexpr int kBlocks = kDelta + Config::kStages * kStatBytes;        // [kStages] StageEntry
   static constexpr int kRing = kBlocks + Config::kStages * 8;                  // barriers of the ring
   static constexpr int kReady = kRing + Ring<Config::kStages>::kBarrierBytes;  // [kStages] barriers
-  static constexpr int kKeyValueFull = kReady + Config::kStages * 8;
-  static constexpr int kBytes = kKeyValueFull + 8;
+  static constexpr int kItems = kReady + Config::kStages * 8;
+  static constexpr int kBytes = kItems + ItemSlots<Config::kSlots>::kSmemBytes;
+  static_assert(kItems % 8 == 0, "mbarriers are 8-byte aligned");
   static_assert(kBytes <= kSmemPerBlock, "more shared memory than a block can have");
 
   static constexpr int kStageBytes = 2 * Tile::kBytes;  // that TMA brings
@@ -113,32 +132,24 @@ struct GradKeyValueBlock {
   using Config = GradKeyValueConfig<kHeadDim>;
   using Smem = GradKeyValueSmem<kHeadDim>;
   using Tile = typename Smem::Tile;
+  using Slots = ItemSlots<Config::kSlots>;
   static constexpr int kStages = Config::kStages;
   static constexpr int kAccumulator = kHeadDim / 2;    // registers of 64 keys x kHeadDim
   static constexpr int kScores = Config::kBlockM / 2;  // registers of 64 keys x kBlockM queries
   static constexpr int kDimSteps = kHeadDim / kWgmmaK, kQuerySteps = Config::kBlockM / kWgmmaK;
 
-  const GradParams& params;
-  const GradKeyValueMaps& maps;
+  const GradKeyValueParams& params;
   uint8_t* smem;
   uint32_t s_base;
   Ring<kStages> ring;
-  WorkRange range;
-  int batch, kv_head, first_head, group_size, key_begin;
+  Slots slots;
 
-  __device__ __forceinline__ GradKeyValueBlock(const GradParams& params_, const GradKeyValueMaps& maps_)
+  __device__ __forceinline__ explicit GradKeyValueBlock(const GradKeyValueParams& params_)
       : params(params_),
-        maps(maps_),
         smem(dynamic_smem()),
         s_base(ptx::shared_address(smem)),
         ring{s_base + Smem::kRing},
-        range(work_range(params_.problem, blockIdx.z)),
-        batch(blockIdx.z),
-        kv_head(blockIdx.y),
-        group_size(static_cast<int>(params_.problem.num_heads) / static_cast<int>(params_.problem.num_kv_heads)),
-        key_begin(blockIdx.x * Config::kBlockN) {
-    first_head = kv_head * group_size;
-  }
+        slots(smem + Smem::kItems) {}
 
   __device__ __forceinline__ StageEntry* block_of(int stage) const {
     return reinterpret_cast<StageEntry*>(smem + Smem::kBlocks) + stage;
@@ -147,47 +158,72 @@ struct GradKeyValueBlock {
   // The barrier that says that the guard has seen a stage.
   __device__ __forceinline__ uint32_t ready(int stage) const { return s_base + Smem::kReady + stage * 8; }
 
+  // The tiles of a consumer in a slot.
+  __device__ __forceinline__ uint32_t s_key(int slot, int consumer) const {
+    return s_base + Smem::kSlots + slot * Smem::kSlotBytes + consumer * Tile::kBytes;
+  }
+  __device__ __forceinline__ uint32_t s_value(int slot, int consumer) const {
+    return s_key(slot, consumer) + Config::kConsumers * Tile::kBytes;
+  }
+
   // ---- producer: one warp ----
 
   __device__ __forceinline__ void produce() const {
     const bool issues = lane_id() == 0;
-    if (issues) {
-      const uint32_t full = s_base + Smem::kKeyValueFull;
-      ptx::mbarrier_arrive_expect_tx(full, 2 * Config::kConsumers * Tile::kBytes);
-#pragma unroll
-      for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
-        const int row = key_begin + consumer * kMaskKeys;
-        Tile::load(s_base + Smem::kKey + consumer * Tile::kBytes, &maps.key, full, row, kv_head, batch);
-        Tile::load(s_base + Smem::kValue + consumer * Tile::kBytes, &maps.value, full, row, kv_head, batch);
-      }
-    }
-    const BlockMaskShape shape(range.num_queries, range.num_keys);
-    const int tile = key_begin / kMaskKeys;
+    typename Slots::Position item;
     RingPosition<kStages> position;
-    for (int head = first_head; head < first_head + group_size; ++head) {
-      const uint32_t* g_columns = params.block_mask + (batch * params.problem.num_heads + head) * shape.column_words() +
-                                  int64_t(tile) * shape.group_words();
-      const auto visit = [&](int row_begin, int live) {
-        if (issues) send(position, head, row_begin, live);
-        position.advance();
-      };
-      for_each_live_query_block<Config::kBlockM, Config::kConsumers>(g_columns, shape.num_key_tiles - tile,
-                                                                     shape.group_words(), visit);
+    const auto send_item = [&](BlockAt taken) {
+      const KeyBlock block(params.pass.problem, taken, Config::kBlockN);
+      if (issues) load_keys_and_values(item, taken, block);
+      item.advance();
+      const BlockMaskShape shape(block.range.num_queries, block.range.num_keys);
+      const int tile = block.key_begin / kMaskKeys;
+      const uint32_t* g_columns =
+          params.pass.block_mask + int64_t(tile) * shape.group_words() +
+          (block.batch * params.pass.problem.num_heads + block.first_head) * shape.column_words();
+      for (int head = block.first_head; head < block.first_head + block.group_size; ++head) {
+        const auto visit = [&](int row_begin, int live) {
+          if (issues) send(position, block.batch, head, row_begin, live);
+          position.advance();
+        };
+        for_each_live_query_block<Config::kBlockM, Config::kConsumers>(g_columns, shape.num_key_tiles - tile,
+                                                                       shape.group_words(), visit);
+        g_columns += shape.column_words();
+      }
+      if (issues) {
+        ring.wait_free(position.stage, position.parity);
+        *block_of(position.stage) = {StageEntry::kNone, 0};
+        ptx::mbarrier_arrive(ring.full(position.stage));
+      }
+      position.advance();
+    };
+    if constexpr (Config::kStays) {
+      for_each_taken_item(params.queue, send_item);
+    } else {
+      send_item(params.queue.block_of(blockIdx.x));
     }
-    if (issues) {
-      ring.wait_free(position.stage, position.parity);
-      *block_of(position.stage) = {StageEntry::kNone, 0};
-      ptx::mbarrier_arrive(ring.full(position.stage));
+    if (issues) slots.close(item);
+  }
+
+  __device__ __forceinline__ void load_keys_and_values(const typename Slots::Position& item, BlockAt taken,
+                                                       const KeyBlock& block) const {
+    const uint32_t full = slots.fill(item, taken, Smem::kSlotBytes);
+#pragma unroll
+    for (int consumer = 0; consumer < Config::kConsumers; ++consumer) {
+      const int row = block.key_begin + consumer * kMaskKeys;
+      Tile::load(s_key(item.stage, consumer), &params.key, full, row, block.kv_head, block.batch);
+      Tile::load(s_value(item.stage, consumer), &params.value, full, row, block.kv_head, block.batch);
     }
   }
 
-  __device__ __forceinline__ void send(const RingPosition<kStages>& position, int head, int row_begin, int live) const {
+  __device__ __forceinline__ void send(const RingPosition<kStages>& position, int batch, int head, int row_begin,
+                                       int live) const {
     const int stage = position.stage;
     ring.wait_free(stage, position.parity);
     *block_of(stage) = {row_begin, head << Config::kConsumers | live};
     const uint32_t full = ring.announce(stage, Smem::kStageBytes);
-    Tile::load(s_base + Smem::kQuery + stage * Tile::kBytes, &maps.query, full, row_begin, head, batch);
-    Tile::load(s_base + Smem::kGradOut + stage * Tile::kBytes, &maps.grad_out, full, row_begin, head, batch);
+    Tile::load(s_base + Smem::kQuery + stage * Tile::kBytes, &params.query, full, row_begin, head, batch);
+    Tile::load(s_base + Smem::kGradOut + stage * Tile::kBytes, &params.grad_out, full, row_begin, head, batch);
   }
 
   // ---- guard: one warp ----
@@ -196,28 +232,34 @@ struct GradKeyValueBlock {
   // 16 bytes, rows of heads do not). Rows of padding and rows whose tau is NaN may hold NaN, and 0 * NaN must reach
   // nothing: their query, grad_out and delta become zeros, and the tau of padding +inf, which has no gaps.
   __device__ __forceinline__ void guard() const {
+    typename Slots::Position item;
     RingPosition<kStages> position;
-    for (bool is_last = false; !is_last; position.advance()) {
-      const int stage = position.stage;
-      ring.wait(stage, position.parity);
-      const StageEntry block = *block_of(stage);
-      is_last = block.row_begin == StageEntry::kNone;
-      if (!is_last) complete(stage, block.row_begin, block.head_live >> Config::kConsumers);
-      __syncwarp();
-      if (lane_id() == 0) ptx::mbarrier_arrive(ready(stage));
+    for (BlockAt taken; (taken = slots.wait(item)).x != Slots::kNone; item.advance()) {
+      const int batch = taken.y_and_z >> 16;
+      const WorkRange range = work_range(params.pass.problem, batch);
+      for (bool is_last = false; !is_last; position.advance()) {
+        const int stage = position.stage;
+        ring.wait(stage, position.parity);
+        const StageEntry block = *block_of(stage);
+        is_last = block.row_begin == StageEntry::kNone;
+        if (!is_last) complete(stage, range, batch, block.head_live >> Config::kConsumers, block.row_begin);
+        __syncwarp();
+        if (lane_id() == 0) ptx::mbarrier_arrive(ready(stage));
+      }
     }
   }
 
-  __device__ __forceinline__ void complete(int stage, int row_begin, int head) const {
+  __device__ __forceinline__ void complete(int stage, const WorkRange& range, int batch, int head,
+                                           int row_begin) const {
     constexpr int kRowsPerLane = Config::kBlockM / kWarpSize;
-    const int64_t first_row = row_index(params.problem, batch, head, row_begin) + lane_id();
+    const int64_t first_row = row_index(params.pass.problem, batch, head, row_begin) + lane_id();
     const int num_rows = range.num_live_rows() - row_begin - lane_id();
     float tau[kRowsPerLane], delta[kRowsPerLane];
 #pragma unroll
     for (int i = 0; i < kRowsPerLane; ++i) {
       const bool is_padding = i * kWarpSize >= num_rows;
-      tau[i] = is_padding ? INFINITY : params.tau[first_row + i * kWarpSize];
-      delta[i] = is_padding ? 0.0f : params.delta[first_row + i * kWarpSize];
+      tau[i] = is_padding ? INFINITY : params.pass.tau[first_row + i * kWarpSize];
+      delta[i] = is_padding ? 0.0f : params.pass.delta[first_row + i * kWarpSize];
     }
     float* s_tau = reinterpret_cast<float*>(smem + Smem::kTau + stage * Smem::kStatBytes) + lane_id();
     float* s_delta = reinterpret_cast<float*>(smem + Smem::kDelta + stage * Smem::kStatBytes) + lane_id();
@@ -261,14 +303,24 @@ struct GradKeyValueBlock {
 
   template <int kConsumer>
   __device__ __forceinline__ void consume() const {
-    const AttentionProblem& problem = params.problem;
-    const int lane = lane_id(), warp_row = warp_id() % kWarpgroupWarps * kMmaM;
-    const int tile_begin = key_begin + kConsumer * kMaskKeys;
-    const uint32_t s_key = s_base + Smem::kKey + kConsumer * Tile::kBytes;
-    const uint32_t s_value = s_base + Smem::kValue + kConsumer * Tile::kBytes;
+    typename Slots::Position item;
+    RingPosition<kStages> position;
+    for (BlockAt taken; (taken = slots.wait(item)).x != Slots::kNone; item.advance()) {
+      consume<kConsumer>(KeyBlock(params.pass.problem, taken, Config::kBlockN), item.stage, position);
+      slots.release(item);
+    }
+  }
 
-    // Phase 1: keys and values stay in shared memory.
-    ptx::mbarrier_wait(s_base + Smem::kKeyValueFull, 0);
+  // A consumer's part of an item, whose keys and values stay in their slot.
+  template <int kConsumer>
+  __device__ __forceinline__ void consume(const KeyBlock& keys, int slot, RingPosition<kStages>& position) const {
+    const AttentionProblem& problem = params.pass.problem;
+    const WorkRange& range = keys.range;
+    const int lane = lane_id(), warp_row = warp_id() % kWarpgroupWarps * kMmaM;
+    const int tile_begin = keys.key_begin + kConsumer * kMaskKeys, batch = keys.batch, kv_head = keys.kv_head;
+    const uint32_t s_key = this->s_key(slot, kConsumer), s_value = this->s_value(slot, kConsumer);
+
+    // Phase 1: clear the sums.
     int first_row[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -282,12 +334,11 @@ struct GradKeyValueBlock {
     const float scale = score_scale(problem);
     Entmax<kKind> entmax{static_cast<float>(problem.alpha)};
     float to_z = (entmax.alpha - 1.0f) * scale;
-    RingPosition<kStages> position;
-    for (;; position.advance()) {
+    for (bool is_last = false; !is_last; position.advance()) {
       const int stage = position.stage;
       ptx::mbarrier_wait(ready(stage), position.parity);
       const StageEntry block = *block_of(stage);
-      if (block.row_begin == StageEntry::kNone) break;
+      is_last = block.row_begin == StageEntry::kNone;  // has work for nobody
       const int row_begin = block.row_begin;
       [[maybe_unused]] const int head = block.head_live >> Config::kConsumers;  // for its alpha
       if ((block.head_live >> kConsumer & 1) != 0) {
@@ -371,11 +422,11 @@ struct GradKeyValueBlock {
     }
     const int warp_key = tile_begin + warp_row;
     ptx::barrier_sync<2 + kConsumer, kWarpgroupThreads>();
-    if (params.grad_key.data != nullptr) {
-      store_warp_rows<Element, Tile>(&maps.grad_key, s_key, warp_row, grad_key, warp_key, kv_head, batch);
+    if (params.pass.grad_key.data != nullptr) {
+      store_warp_rows<Element, Tile>(&params.grad_key, s_key, warp_row, grad_key, warp_key, kv_head, batch);
     }
-    if (params.grad_value.data != nullptr) {
-      store_warp_rows<Element, Tile>(&maps.grad_value, s_value, warp_row, grad_value, warp_key, kv_head, batch);
+    if (params.pass.grad_value.data != nullptr) {
+      store_warp_rows<Element, Tile>(&params.grad_value, s_value, warp_row, grad_value, warp_key, kv_head, batch);
     }
     if (lane == 0) ptx::tma_store_wait_read<0>();
   }
@@ -383,14 +434,13 @@ struct GradKeyValueBlock {
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
 __global__ void __launch_bounds__(GradKeyValueConfig<kHeadDim>::kThreads, 1)
-    grad_key_value_kernel(const __grid_constant__ GradParams params, const __grid_constant__ GradKeyValueMaps maps) {
+    grad_key_value_kernel(const __grid_constant__ GradKeyValueParams params) {
   using Config = GradKeyValueConfig<kHeadDim>;
-  using Smem = GradKeyValueSmem<kHeadDim>;
-  const GradKeyValueBlock<Element, kHeadDim, kKind> block(params, maps);
+  const GradKeyValueBlock<Element, kHeadDim, kKind> block(params);
   if (threadIdx.x == 0) {
     block.ring.init(Config::kConsumers * kWarpgroupWarps);
     for (int stage = 0; stage < Config::kStages; ++stage) ptx::mbarrier_init(block.ready(stage), 1);
-    ptx::mbarrier_init(block.s_base + Smem::kKeyValueFull, 1);
+    block.slots.init(Config::kConsumers * kWarpgroupWarps);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();

@@ -1,7 +1,8 @@
 // Backward, dq, on Hopper: inputs, outputs and mathematics are those of sm80/grad_query.cuh (docs/kernels.md, "sm90").
 //
-// Grid (blocks of kBlockM rows, H, B). A producer warp brings the live key tiles, K and V, by TMA; each consumer
-// warpgroup owns 64 rows, a warp 16 of them. Three products a tile: Q K^T, dO V^T, dS K.
+// Blocks stay, and take blocks of kBlockM rows of a head one after the other (work_queue.cuh). A producer warp brings
+// their Q and dO and their live key tiles, K and V, by TMA; each consumer warpgroup owns 64 rows, a warp 16 of them.
+// Three products a tile: Q K^T, dO V^T, dS K.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,21 +21,24 @@
 #include "cuda/sm90/query_block.cuh"
 #include "cuda/sm90/tensor_maps.cuh"
 #include "cuda/sm90/warpgroup.cuh"
+#include "cuda/sm90/work_queue.cuh"
 
 namespace adasplash2::cuda::sm90 {
 
 struct GradQueryParams {
   GradParams pass;
+  WorkQueue queue;
   TensorMap query, grad_out;  // boxes of kBlockM rows
   TensorMap key, value;       // boxes of kBlockN rows
   TensorMap grad_query;       // boxes of 16 rows
 };
 
 template <int kHeadDim>
-GradQueryParams with_tensor_maps(const GradParams& pass) {
+GradQueryParams with_tensor_maps(const GradParams& pass, const WorkQueue& queue) {
   using Config = GradQueryConfig<kHeadDim>;
   const AttentionProblem& problem = pass.problem;
   return {pass,
+          queue,
           query_rows_map(problem, problem.query, problem.head_dim, Config::kBlockM),
           query_rows_map(problem, pass.grad_out, problem.value_head_dim, Config::kBlockM),
           key_rows_map(problem, problem.key, problem.head_dim, Config::kBlockN),
@@ -42,31 +46,31 @@ GradQueryParams with_tensor_maps(const GradParams& pass) {
           query_rows_map(problem, pass.grad_query, problem.head_dim, kMaskRows)};
 }
 
-// Shared memory: queries | grad_out | stages, barriers and entries of the ring | rows_full
+// Shared memory: queries | grad_out | grad_query on its way out | stages, barriers and entries of the ring | item
 template <int kHeadDim>
 struct GradQuerySmem {
   using Config = GradQueryConfig<kHeadDim>;
   using RowTile = SmemTile<Config::kBlockM, kHeadDim>;
   using Tiles = LiveTileRing<Config::kStages, Config::kConsumers, kHeadDim>;
 
-  static constexpr int kQuery = 0;  // each warp's 16 rows become its rows of grad_query
+  static constexpr int kQuery = 0;
   static constexpr int kGradOut = kQuery + RowTile::kBytes;
-  static constexpr int kTiles = kGradOut + RowTile::kBytes;
-  static constexpr int kRowsFull = kTiles + Tiles::kSmemBytes;
-  static constexpr int kBytes = kRowsFull + 8;
-  static_assert(kRowsFull % 8 == 0, "mbarriers are 8-byte aligned");
+  static constexpr int kGradQuery = kGradOut + RowTile::kBytes;
+  static constexpr int kTiles = kGradQuery + RowTile::kBytes;
+  static constexpr int kItem = kTiles + Tiles::kSmemBytes;
+  static constexpr int kBytes = kItem + ItemSlots<1>::kSmemBytes;
+  static_assert(kItem % 8 == 0, "mbarriers are 8-byte aligned");
   static_assert(kBytes <= kSmemPerBlock, "more shared memory than a block can have");
 };
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
-struct GradQueryBlock : QueryBlock<GradQueryConfig<kHeadDim>::kBlockM> {
+struct GradQueryBlock {
   using Config = GradQueryConfig<kHeadDim>;
   using Smem = GradQuerySmem<kHeadDim>;
   using Rows = QueryBlock<Config::kBlockM>;
   using RowTile = typename Smem::RowTile;
   using Tiles = typename Smem::Tiles;
   using KeyTile = typename Tiles::Tile;
-  using Rows::batch, Rows::head, Rows::kv_head, Rows::range, Rows::row_begin;
   static constexpr int kScores = Config::kBlockN / 2;  // of a lane, in a tile
   static constexpr int kGrads = kHeadDim / 2;
 
@@ -74,40 +78,61 @@ struct GradQueryBlock : QueryBlock<GradQueryConfig<kHeadDim>::kBlockM> {
   const AttentionProblem& problem;
   uint32_t s_smem;
   Tiles tiles;
+  ItemSlots<1> slot;
 
   __device__ __forceinline__ explicit GradQueryBlock(const GradQueryParams& params_)
-      : Rows(params_.pass.problem),
-        params(params_),
+      : params(params_),
         problem(params_.pass.problem),
         s_smem(ptx::shared_address(dynamic_smem())),
-        tiles(dynamic_smem() + Smem::kTiles) {}
+        tiles(dynamic_smem() + Smem::kTiles),
+        slot(dynamic_smem() + Smem::kItem) {}
 
   __device__ __forceinline__ void init_barriers() const {
     tiles.init();
-    ptx::mbarrier_init(s_smem + Smem::kRowsFull, 1);
+    slot.init(Config::kConsumers * kWarpgroupWarps);
     ptx::fence_mbarrier_init();
   }
 
   // The producer warp.
   __device__ __forceinline__ void produce() const {
-    if (lane_id() == 0) {
-      const uint32_t rows_full = s_smem + Smem::kRowsFull;
-      ptx::mbarrier_arrive_expect_tx(rows_full, 2 * RowTile::kBytes);
-      RowTile::load(s_smem + Smem::kQuery, &params.query, rows_full, row_begin, head, batch);
-      RowTile::load(s_smem + Smem::kGradOut, &params.grad_out, rows_full, row_begin, head, batch);
-    }
+    ItemSlots<1>::Position item;
     typename Tiles::Position position;
-    for_each_live_key_tile<Config::kConsumers>(
-        params.pass.block_mask + Rows::mask_row(problem, row_begin), Rows::num_row_groups(),
-        Rows::mask_shape.key_words(), Rows::num_key_tiles(), [&](int tile, uint32_t live) {
-          tiles.load_keys_and_values(position, tile, live, &params.key, &params.value, kv_head, batch, range);
-          position.advance();
-        });
-    tiles.close(position);
+    for_each_taken_item(params.queue, [&](BlockAt block) {
+      const Rows rows(problem, block);
+      if (lane_id() == 0) {
+        const uint32_t rows_full = slot.fill(item, block, 2 * RowTile::kBytes);
+        RowTile::load(s_smem + Smem::kQuery, &params.query, rows_full, rows.row_begin, rows.head, rows.batch);
+        RowTile::load(s_smem + Smem::kGradOut, &params.grad_out, rows_full, rows.row_begin, rows.head, rows.batch);
+      }
+      item.advance();
+      for_each_live_key_tile<Config::kConsumers>(
+          params.pass.block_mask + rows.mask_row(problem, rows.row_begin), rows.num_row_groups(),
+          rows.mask_shape.key_words(), rows.num_key_tiles(), [&](int tile, uint32_t live) {
+            tiles.load_keys_and_values(position, tile, live, &params.key, &params.value, rows.kv_head, rows.batch,
+                                       rows.range);
+            position.advance();
+          });
+      tiles.close(position);
+      position.advance();
+    });
+    if (lane_id() == 0) slot.close(item);
   }
 
   // A consumer warpgroup.
   __device__ __forceinline__ void consume(int consumer) const {
+    ItemSlots<1>::Position item;
+    typename Tiles::Position position;
+    for (BlockAt block; (block = slot.wait(item)).x != slot.kNone; item.advance()) {
+      consume(consumer, Rows(problem, block), item, position);
+    }
+    if (lane_id() == 0) ptx::tma_store_wait_read<0>();
+  }
+
+  // A consumer's part of an item.
+  __device__ __forceinline__ void consume(int consumer, const Rows& block, const ItemSlots<1>::Position& item,
+                                          typename Tiles::Position& position) const {
+    const WorkRange& range = block.range;
+    const int batch = block.batch, head = block.head, row_begin = block.row_begin;
     const int warp = warp_id() % kWarpgroupWarps, lane = lane_id();
     const int tile_row = consumer * kRowsPerConsumer, warp_row = row_begin + tile_row + warp * kMaskRows;
     const int unmasked_end = range.num_visible_keys(max(warp_row, range.first_row_of(0)));
@@ -124,10 +149,11 @@ struct GradQueryBlock : QueryBlock<GradQueryConfig<kHeadDim>::kBlockM> {
       visible[half] = range.num_visible_keys(row);
     }
 
-    // Phase 1: what stays for the whole block.
-    ptx::mbarrier_wait(s_smem + Smem::kRowsFull, 0);
+    // Phase 1: what stays for the whole item.
     const LeftOperand<RowTile, Config::kQueryInRegisters> query(s_smem + Smem::kQuery, tile_row);
     const LeftOperand<RowTile, Config::kGradOutInRegisters> grad_out(s_smem + Smem::kGradOut, tile_row);
+    constexpr bool kRowsInRegisters = Config::kQueryInRegisters && Config::kGradOutInRegisters;
+    if constexpr (kRowsInRegisters) slot.release(item);
 
     // Phase 2: the live tiles. Scores and dP of a tile are computed while dS K of the one before it is still added.
     float score[kScores], grad_prob[kScores], grad_query[kGrads];
@@ -174,7 +200,6 @@ struct GradQueryBlock : QueryBlock<GradQueryConfig<kHeadDim>::kBlockM> {
       for (int k = 0; k < kScores / 8; ++k) accumulator_to_a<Element>(grad_score[k], score, k);
     };
 
-    typename Tiles::Position position;
     int stage;
     for (int tile = tiles.next(position, consumer, stage); tile >= 0;) {
       ptx::wgmma_fence();
@@ -205,16 +230,19 @@ struct GradQueryBlock : QueryBlock<GradQueryConfig<kHeadDim>::kBlockM> {
       if (tile == Tiles::kBlocked) tile = tiles.next(position, consumer, stage);
     }
 
-    // Phase 3: store; the queries are no longer needed. A row whose tau is NaN has no gradient either.
+    if constexpr (!kRowsInRegisters) slot.release(item);
+
+    // Phase 3: store, once the results of the item before have left. A row whose tau is NaN has no gradient either.
     const float scale = static_cast<float>(problem.scale);
 #pragma unroll
     for (int i = 0; i < kGrads; ++i) {
       const float sum = tau[i / 2 % 2] < INFINITY ? grad_query[i] : 0.0f;
       grad_query[i] = std::isnan(tau[i / 2 % 2]) ? NAN : sum * scale;
     }
-    store_warp_rows<Element, RowTile>(&params.grad_query, s_smem + Smem::kQuery, tile_row + warp * kMaskRows,
-                                      grad_query, warp_row, head, batch);
     if (lane == 0) ptx::tma_store_wait_read<0>();
+    __syncwarp();
+    store_warp_rows<Element, RowTile>(&params.grad_query, s_smem + Smem::kGradQuery, tile_row + warp * kMaskRows,
+                                      grad_query, warp_row, head, batch);
   }
 };
 

@@ -76,7 +76,9 @@ template <int kStages_, int kConsumers, int kHeadDim, StageTiles kTiles = StageT
 struct LiveTileRing {
   static constexpr int kStages = kStages_;
   using Tile = SmemTile<kMaskKeys, kHeadDim>;
-  using Position = RingPosition<kStages>;
+  struct Position : RingPosition<kStages> {
+    uint32_t edge_parity = 0;  // the producer's, of the barrier of edge tiles
+  };
   static constexpr int kStageBytes = (kTiles == StageTiles::kKeys ? 1 : 2) * Tile::kBytes;
   static constexpr int kBarriers = kStages * kStageBytes;
   static constexpr int kEdgeFull = kBarriers + Ring<kStages>::kBarrierBytes;
@@ -113,7 +115,7 @@ struct LiveTileRing {
 
   // Keys and values; of the tile in which the keys end early (`length`), those that take no part are cleared before
   // anybody sees them: they may be NaN, and 0 * NaN must reach nothing.
-  __device__ __forceinline__ void load_keys_and_values(const Position& position, int tile, uint32_t live,
+  __device__ __forceinline__ void load_keys_and_values(Position& position, int tile, uint32_t live,
                                                        const TensorMap* key, const TensorMap* value, int kv_head,
                                                        int batch, const WorkRange& range) const {
     const int lane = lane_id(), stage = position.stage, edge_row = range.length - tile * kMaskKeys;
@@ -127,7 +129,8 @@ struct LiveTileRing {
       Tile::load(s_value(stage), value, full, tile * kMaskKeys, kv_head, batch);
     }
     if (!is_edge) return;
-    ptx::mbarrier_wait(edge_full, 0);  // there is one such tile, and it comes once
+    ptx::mbarrier_wait(edge_full, position.edge_parity);
+    position.edge_parity ^= 1;
     clear_rows<kMaskKeys, kHeadDim>(smem + stage * kStageBytes, edge_row);
     clear_rows<kMaskKeys, kHeadDim>(smem + stage * kStageBytes + Tile::kBytes, edge_row);
     __syncwarp();

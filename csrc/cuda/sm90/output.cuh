@@ -3,8 +3,8 @@
 // bits; if neither gap_mean_v nor support_size is wanted, it is left at that, and the values are added up with prob
 // alone.
 //
-// Grid (blocks of kBlockM rows, H, B). A producer warp brings the live key tiles, K and V, by TMA; each consumer
-// warpgroup owns 64 rows, a warp 16 of them.
+// Blocks stay, and take blocks of kBlockM rows of a head one after the other (work_queue.cuh). A producer warp brings
+// their queries and live key tiles, K and V, by TMA; each consumer warpgroup owns 64 rows, a warp 16 of them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,24 +24,27 @@
 #include "cuda/sm90/query_block.cuh"
 #include "cuda/sm90/tensor_maps.cuh"
 #include "cuda/sm90/warpgroup.cuh"
+#include "cuda/sm90/work_queue.cuh"
 #include "math/refinement.h"
 
 namespace adasplash2::cuda::sm90 {
 
 struct OutputParams {
   cuda::OutputParams pass;
+  WorkQueue queue;
   TensorMap query;            // boxes of kBlockM rows
   TensorMap key, value;       // boxes of kBlockN rows
   TensorMap out, gap_mean_v;  // boxes of 16 rows; gap_mean_v unset where it is not wanted
 };
 
 template <int kHeadDim>
-OutputParams with_tensor_maps(const cuda::OutputParams& pass) {
+OutputParams with_tensor_maps(const cuda::OutputParams& pass, const WorkQueue& queue) {
   using Config = OutputConfig<kHeadDim>;
   const AttentionProblem& problem = pass.problem;
   const int64_t value_dim = problem.value_head_dim;
   return {
       pass,
+      queue,
       query_rows_map(problem, problem.query, problem.head_dim, Config::kBlockM),
       key_rows_map(problem, problem.key, problem.head_dim, Config::kBlockN),
       key_rows_map(problem, problem.value, value_dim, Config::kBlockN),
@@ -49,31 +52,31 @@ OutputParams with_tensor_maps(const cuda::OutputParams& pass) {
       pass.gap_mean_v.data == nullptr ? TensorMap{} : query_rows_map(problem, pass.gap_mean_v, value_dim, kMaskRows)};
 }
 
-// Shared memory: queries | gap_mean_v on its way out | stages, barriers and entries of the ring | query_full
+// Shared memory: queries | out and gap_mean_v on their way out | stages, barriers and entries of the ring | item
 template <int kHeadDim>
 struct OutputSmem {
   using Config = OutputConfig<kHeadDim>;
   using QueryTile = SmemTile<Config::kBlockM, kHeadDim>;
   using Tiles = LiveTileRing<Config::kStages, Config::kConsumers, kHeadDim>;
 
-  static constexpr int kQuery = 0;  // each warp's 16 rows become its rows of out
-  static constexpr int kGapMeanV = kQuery + QueryTile::kBytes;
+  static constexpr int kQuery = 0;
+  static constexpr int kOut = kQuery + QueryTile::kBytes;
+  static constexpr int kGapMeanV = kOut + QueryTile::kBytes;
   static constexpr int kTiles = kGapMeanV + QueryTile::kBytes;
-  static constexpr int kQueryFull = kTiles + Tiles::kSmemBytes;
-  static constexpr int kBytes = kQueryFull + 8;
-  static_assert(kQueryFull % 8 == 0, "mbarriers are 8-byte aligned");
+  static constexpr int kItem = kTiles + Tiles::kSmemBytes;
+  static constexpr int kBytes = kItem + ItemSlots<1>::kSmemBytes;
+  static_assert(kItem % 8 == 0, "mbarriers are 8-byte aligned");
   static_assert(kBytes <= kSmemPerBlock, "more shared memory than a block can have");
 };
 
 template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasWeights>
-struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
+struct OutputBlock {
   using Config = OutputConfig<kHeadDim>;
   using Smem = OutputSmem<kHeadDim>;
   using Rows = QueryBlock<Config::kBlockM>;
   using QueryTile = typename Smem::QueryTile;
   using Tiles = typename Smem::Tiles;
   using KeyTile = typename Tiles::Tile;
-  using Rows::batch, Rows::head, Rows::kv_head, Rows::range, Rows::row_begin;
   static constexpr int kConsumers = Config::kConsumers;
   static constexpr int kScores = Config::kBlockN / 2;  // of a lane, in a tile
   static constexpr int kSums = kHeadDim / 2;
@@ -86,41 +89,61 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
   uint8_t* smem;
   uint32_t s_smem;
   Tiles tiles;
+  ItemSlots<1> slot;
 
   __device__ __forceinline__ explicit OutputBlock(const OutputParams& params_)
-      : Rows(params_.pass.problem),
-        params(params_),
+      : params(params_),
         problem(params_.pass.problem),
         smem(dynamic_smem()),
         s_smem(ptx::shared_address(smem)),
-        tiles(smem + Smem::kTiles) {}
+        tiles(smem + Smem::kTiles),
+        slot(smem + Smem::kItem) {}
 
   __device__ __forceinline__ void init_barriers() const {
     tiles.init();
-    ptx::mbarrier_init(s_smem + Smem::kQueryFull, 1);
+    slot.init(kConsumers * kWarpgroupWarps);
     ptx::fence_mbarrier_init();
   }
 
   // The producer warp.
   __device__ __forceinline__ void produce() const {
-    if (lane_id() == 0) {
-      const uint32_t query_full = s_smem + Smem::kQueryFull;
-      ptx::mbarrier_arrive_expect_tx(query_full, QueryTile::kBytes);
-      QueryTile::load(s_smem + Smem::kQuery, &params.query, query_full, row_begin, head, batch);
-    }
-    const uint32_t* g_mask = params.pass.scan_mask + Rows::mask_row(problem, row_begin);
+    ItemSlots<1>::Position item;
     typename Tiles::Position position;
-    for_each_live_key_tile<kConsumers>(g_mask, Rows::num_row_groups(), Rows::mask_shape.key_words(),
-                                       Rows::num_key_tiles(), [&](int tile, uint32_t live) {
-                                         tiles.load_keys_and_values(position, tile, live, &params.key, &params.value,
-                                                                    kv_head, batch, range);
-                                         position.advance();
-                                       });
-    tiles.close(position);
+    for_each_taken_item(params.queue, [&](BlockAt block) {
+      const Rows rows(problem, block);
+      if (lane_id() == 0) {
+        const uint32_t query_full = slot.fill(item, block, QueryTile::kBytes);
+        QueryTile::load(s_smem + Smem::kQuery, &params.query, query_full, rows.row_begin, rows.head, rows.batch);
+      }
+      item.advance();
+      for_each_live_key_tile<kConsumers>(params.pass.scan_mask + rows.mask_row(problem, rows.row_begin),
+                                         rows.num_row_groups(), rows.mask_shape.key_words(), rows.num_key_tiles(),
+                                         [&](int tile, uint32_t live) {
+                                           tiles.load_keys_and_values(position, tile, live, &params.key, &params.value,
+                                                                      rows.kv_head, rows.batch, rows.range);
+                                           position.advance();
+                                         });
+      tiles.close(position);
+      position.advance();
+    });
+    if (lane_id() == 0) slot.close(item);
   }
 
   // A consumer warpgroup.
   __device__ __forceinline__ void consume(int consumer) const {
+    ItemSlots<1>::Position item;
+    typename Tiles::Position position;
+    for (BlockAt block; (block = slot.wait(item)).x != slot.kNone; item.advance()) {
+      consume(consumer, Rows(problem, block), item, position);
+    }
+    if (lane_id() == 0) ptx::tma_store_wait_read<0>();
+  }
+
+  // A consumer's part of an item.
+  __device__ __forceinline__ void consume(int consumer, const Rows& block, const ItemSlots<1>::Position& item,
+                                          typename Tiles::Position& position) const {
+    const WorkRange& range = block.range;
+    const int batch = block.batch, head = block.head, row_begin = block.row_begin;
     const int warp = warp_id() % kWarpgroupWarps, lane = lane_id();
     const int consumer_row = row_begin + consumer * kRowsPerConsumer, warp_row = consumer_row + warp * kMaskRows;
     const int block_warp = consumer * kWarpgroupWarps + warp;
@@ -133,10 +156,9 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
     rows.init(range, warp_row, params.pass.tau + head_row);
 
     // Phase 1: the queries.
-    ptx::mbarrier_wait(s_smem + Smem::kQueryFull, 0);
     const LeftOperand<QueryTile, Config::kQueryInRegisters> query(s_smem + Smem::kQuery, consumer * kRowsPerConsumer);
+    if constexpr (Config::kQueryInRegisters) slot.release(item);
 
-    typename Tiles::Position position;
     float score[kScores];
     const auto start_scores = [&](int stage) {
       ptx::wgmma_pin(score);
@@ -146,7 +168,7 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
 
     // Phase 2: the sums over the live tiles, and which of them are live at tau. The scores of a tile are computed
     // while the values of the one before it are still being added.
-    uint32_t* g_mask = params.pass.block_mask + Rows::mask_row(problem, warp_row);
+    uint32_t* g_mask = params.pass.block_mask + block.mask_row(problem, warp_row);
     const bool writes_mask = lane == 0 && warp_row < num_queries;
     uint32_t mask_bits = 0;
     int word = 0;
@@ -250,7 +272,8 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
       tiles.release(stage);
       if (tile == Tiles::kBlocked) tile = tiles.next(position, consumer, stage);
     }
-    finish_words_before(Rows::mask_shape.key_words());
+    if constexpr (!Config::kQueryInRegisters) slot.release(item);
+    finish_words_before(block.mask_shape.key_words());
 
     // Phase 3: the last step for tau, and its fold into the output.
 #pragma unroll
@@ -278,14 +301,15 @@ struct OutputBlock : QueryBlock<OutputConfig<kHeadDim>::kBlockM> {
       }
     }
 
-    // Phase 4: store; the queries are no longer needed.
-    store_warp_rows<Element, QueryTile>(&params.out, s_smem + Smem::kQuery, block_warp * kMaskRows, sum_prob_v,
-                                        warp_row, head, batch);
+    // Phase 4: store, once the results of the item before have left.
+    if (lane == 0) ptx::tma_store_wait_read<0>();
+    __syncwarp();
+    store_warp_rows<Element, QueryTile>(&params.out, s_smem + Smem::kOut, block_warp * kMaskRows, sum_prob_v, warp_row,
+                                        head, batch);
     if (params.pass.gap_mean_v.data != nullptr) {
       store_warp_rows<Element, QueryTile>(&params.gap_mean_v, s_smem + Smem::kGapMeanV, block_warp * kMaskRows,
                                           sum_weight_v, warp_row, head, batch);
     }
-    if (lane == 0) ptx::tma_store_wait_read<0>();
   }
 };
 

@@ -5,23 +5,23 @@
 
 #include <cstdint>
 
+#include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
 #include "math/block_mask.h"
 
 namespace adasplash2::cuda::sm90 {
 
-// Grid (blocks of kBlockM rows, H, B). Under is_causal the blocks with most work start first.
 template <int kBlockM>
 struct QueryBlock {
   int batch, head, kv_head, row_begin;
   WorkRange range;
   BlockMaskShape mask_shape;
 
-  __device__ __forceinline__ explicit QueryBlock(const AttentionProblem& problem)
-      : batch(blockIdx.z),
-        head(blockIdx.y),
+  __device__ __forceinline__ QueryBlock(const AttentionProblem& problem, BlockAt block)
+      : batch(block.y_and_z >> 16),
+        head(block.y_and_z & 0xffff),
         kv_head(kv_head_of(head, problem.num_heads, problem.num_kv_heads)),
-        row_begin((problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x) * kBlockM),
+        row_begin(block.x * kBlockM),
         range(work_range(problem, batch)),
         mask_shape(range.num_queries, range.num_keys) {}
 
@@ -33,10 +33,11 @@ struct QueryBlock {
   __device__ __forceinline__ int num_row_groups() const {
     return min(kBlockM / kMaskRows, mask_shape.num_row_groups - row_begin / kMaskRows);
   }
-  // Key tiles that a row of the block may see.
-  __device__ __forceinline__ int num_key_tiles() const {
-    return ceil_div(range.max_visible_keys(row_begin, row_begin + kBlockM), kMaskKeys);
+  // Keys that a row of the block may see, and the tiles of the mask that they are in.
+  __device__ __forceinline__ int num_visible_keys() const {
+    return range.max_visible_keys(row_begin, row_begin + kBlockM);
   }
+  __device__ __forceinline__ int num_key_tiles() const { return ceil_div(num_visible_keys(), kMaskKeys); }
 };
 
 }  // namespace adasplash2::cuda::sm90

@@ -4,7 +4,8 @@
 //   in   query, key; tau_lower, is_coarse and the mask, as the scan left them
 //   out  tau (B, H, Nq) float: where pass B takes its sums
 //
-// Grid (blocks of kBlockM rows, H, B). A producer warp brings the live key tiles; each consumer warpgroup owns 64 rows.
+// Grid (blocks of kBlockM rows, H, B), under is_causal those with most work first. A producer warp brings the live key
+// tiles; each consumer warpgroup owns 64 rows.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -73,7 +74,8 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
   Tiles tiles;
 
   __device__ __forceinline__ explicit RefineBlock(const RefineParams& params_)
-      : Rows(params_.problem),
+      : Rows(params_.problem,
+             {params_.problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x, blockIdx.y | blockIdx.z << 16}),
         params(params_),
         problem(params_.problem),
         smem(dynamic_smem()),

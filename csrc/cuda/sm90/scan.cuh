@@ -7,9 +7,9 @@
 //        block_mask (rows, see block_mask.h): 0 where no score of the tile exceeds a lower bound of its row's tau
 //   own  tile_excess (B, H, row groups, key tiles) uint16
 //
-// Grid (blocks of kBlockM rows, H, B). One thread keeps a ring of key tiles full; each of three warpgroups owns 64
-// rows, whose queries stay in registers. A warp owns 16 rows, one group of the mask, and meets the others at the ring
-// only.
+// Blocks stay, and take blocks of kBlockM rows of a head one after the other (work_queue.cuh). One warp brings their
+// queries and keeps a ring of key tiles full; each of three warpgroups owns 64 rows, whose queries stay in registers. A
+// warp owns 16 rows, one group of the mask, and meets the others at the ring only.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,9 +26,11 @@
 #include "cuda/ptx/max.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
 #include "cuda/ptx/shared_address.cuh"
+#include "cuda/sm90/query_block.cuh"
 #include "cuda/sm90/ring.cuh"
 #include "cuda/sm90/smem_tile.cuh"
 #include "cuda/sm90/warpgroup.cuh"
+#include "cuda/sm90/work_queue.cuh"
 #include "cuda/tile/half_sums.cuh"
 #include "cuda/tile/row_reduce.cuh"
 #include "cuda/tile/tile_excess.cuh"
@@ -58,17 +60,25 @@ struct ScanConfig {
   using KeyTile = SmemTile<kBlockN, kHeadDim>;
   using QueryTile = SmemTile<kWgmmaM, kHeadDim>;
 
-  // Shared memory: key ring | queries | snapshots | barriers.
+  // Of keys that a row of the block may see.
+  static __device__ __forceinline__ int num_tiles(const QueryBlock<kBlockM>& block) {
+    return ceil_div(block.num_visible_keys(), kBlockN);
+  }
+
+  // Shared memory: key ring | queries | snapshots | barriers of the ring | item.
   static constexpr int kQueryOffset = kStages * KeyTile::kBytes;
   static constexpr int kSnapshotOffset = kQueryOffset + kConsumers * QueryTile::kBytes;
   static constexpr int kBarrierOffset = kSnapshotOffset + kSnapshots * kBlockM * 4;
-  static constexpr int kSmemBytes = kBarrierOffset + 8 + Ring<kStages>::kBarrierBytes;
+  static constexpr int kItemOffset = kBarrierOffset + Ring<kStages>::kBarrierBytes;
+  static constexpr int kSmemBytes = kItemOffset + ItemSlots<1>::kSmemBytes;
+  static_assert(kBarrierOffset % 8 == 0, "mbarriers are 8-byte aligned");
 };
 
 struct ScanWithMaps {
   TensorMap query;  // boxes of 64 rows
   TensorMap key;    // boxes of kBlockN rows
   ScanParams pass;
+  WorkQueue queue;
 };
 
 // The larger one as signed integers: for float bits the larger number where one of them is not negative; the
@@ -305,50 +315,80 @@ struct RowBounds {
   }
 };
 
+// What the producer and the consumers of a block share.
 template <int kHeadDim>
-__device__ __forceinline__ void produce_keys(const ScanWithMaps& params, uint32_t s_key, uint32_t s_query,
-                                             uint32_t query_full, const Ring<ScanConfig<kHeadDim>::kStages>& ring,
-                                             int row_begin, int num_tiles, int head, int kv_head, int batch) {
+struct ScanSmem {
+  using Config = ScanConfig<kHeadDim>;
+  uint8_t* bytes;
+  uint32_t s_key, s_query;
+  Ring<Config::kStages> ring;
+  ItemSlots<1> slot;
+
+  __device__ __forceinline__ explicit ScanSmem(uint8_t* bytes_)
+      : bytes(bytes_),
+        s_key(ptx::shared_address(bytes_)),
+        s_query(s_key + Config::kQueryOffset),
+        ring{s_key + Config::kBarrierOffset},
+        slot(bytes_ + Config::kItemOffset) {}
+};
+
+// The producer warp.
+template <int kHeadDim>
+__device__ __forceinline__ void produce_keys(const ScanWithMaps& params, const ScanSmem<kHeadDim>& smem) {
   using Config = ScanConfig<kHeadDim>;
   using KeyTile = typename Config::KeyTile;
   using QueryTile = typename Config::QueryTile;
-  ptx::mbarrier_arrive_expect_tx(query_full, Config::kConsumers * QueryTile::kBytes);
-  for (int i = 0; i < Config::kConsumers; ++i) {
-    QueryTile::load(s_query + i * QueryTile::kBytes, &params.query, query_full, row_begin + i * kWgmmaM, head, batch);
-  }
+  ItemSlots<1>::Position item;
   RingPosition<Config::kStages> at;
-  for (int tile = num_tiles - 1; tile >= 0; --tile) {
-    const uint32_t full = ring.acquire(at.stage, at.parity, KeyTile::kBytes);
-    KeyTile::load(s_key + at.stage * KeyTile::kBytes, &params.key, full, tile * Config::kBlockN, kv_head, batch);
-    at.advance();
-  }
+  for_each_taken_item(params.queue, [&](BlockAt taken) {
+    if (lane_id() != 0) return;
+    const QueryBlock<Config::kBlockM> block(params.pass.problem, taken);
+    const uint32_t query_full = smem.slot.fill(item, taken, Config::kConsumers * QueryTile::kBytes);
+    item.advance();
+    for (int i = 0; i < Config::kConsumers; ++i) {
+      QueryTile::load(smem.s_query + i * QueryTile::kBytes, &params.query, query_full, block.row_begin + i * kWgmmaM,
+                      block.head, block.batch);
+    }
+    for (int tile = Config::num_tiles(block) - 1; tile >= 0; --tile) {
+      const uint32_t full = smem.ring.acquire(at.stage, at.parity, KeyTile::kBytes);
+      KeyTile::load(smem.s_key + at.stage * KeyTile::kBytes, &params.key, full, tile * Config::kBlockN, block.kv_head,
+                    block.batch);
+      at.advance();
+    }
+  });
+  if (lane_id() == 0) smem.slot.close(item);
 }
 
+// A consumer's part of an item.
 template <typename Element, int kHeadDim, AlphaKind kKind>
-__device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* smem, uint32_t s_key, uint32_t s_query,
-                                          uint32_t query_full, const Ring<ScanConfig<kHeadDim>::kStages>& ring,
-                                          int row_begin, int num_tiles, int head, int batch, const WorkRange& range) {
+__device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const ScanSmem<kHeadDim>& smem,
+                                          const QueryBlock<ScanConfig<kHeadDim>::kBlockM>& block,
+                                          const ItemSlots<1>::Position& item,
+                                          RingPosition<ScanConfig<kHeadDim>::kStages>& at) {
   using Config = ScanConfig<kHeadDim>;
   using KeyTile = typename Config::KeyTile;
   using QueryTile = typename Config::QueryTile;
   constexpr float kLargestGrowth = 4.0f;
   const AttentionProblem& problem = params.pass.problem;
+  const WorkRange& range = block.range;
+  const int batch = block.batch, head = block.head, num_tiles = Config::num_tiles(block);
   const int consumer = warpgroup_id() - 1, warp = warp_id() - kWarpgroupWarps, lane = lane_id();
-  const int group_row = row_begin + consumer * kWgmmaM, warp_row = row_begin + warp * Config::kRowsPerWarp;
+  const int group_row = block.row_begin + consumer * kWgmmaM;
+  const int warp_row = block.row_begin + warp * Config::kRowsPerWarp;
 
   // Phase 1: the queries, into registers.
   uint32_t query[kHeadDim / kWgmmaK][4];
-  ptx::mbarrier_wait(query_full, 0);
 #pragma unroll
   for (int k = 0; k < kHeadDim / kWgmmaK; ++k) {
-    ptx::ldmatrix_x4(query[k], s_query + consumer * QueryTile::kBytes +
+    ptx::ldmatrix_x4(query[k], smem.s_query + consumer * QueryTile::kBytes +
                                    QueryTile::offset(warp % kWarpgroupWarps * 16 + lane % 16, 2 * k + lane / 16));
   }
+  smem.slot.release(item);
 
   const float alpha = head_alpha(problem, batch, head);
   RowBounds<kHeadDim, kKind> bounds;
   bounds.init(
-      reinterpret_cast<float*>(smem + Config::kSnapshotOffset) + warp * Config::kSnapshots * Config::kRowsPerWarp,
+      reinterpret_cast<float*>(smem.bytes + Config::kSnapshotOffset) + warp * Config::kSnapshots * Config::kRowsPerWarp,
       score_to_z(problem, alpha), alpha);
   int visible[Config::kRowsPerLane];  // keys that the row sees
 #pragma unroll
@@ -362,7 +402,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* s
   const int group_tiles = ceil_div(group_key_end, Config::kBlockN);
 
   // This warp's row of the mask and of the excesses; a word is written when its first tile is done.
-  const BlockMaskShape mask_shape(range.num_queries, range.num_keys);
+  const BlockMaskShape& mask_shape = block.mask_shape;
   const int mask_row = warp_row / kMaskRows;
   const bool is_mask_row_there = mask_row < mask_shape.num_row_groups;
   const int64_t head_index = batch * problem.num_heads + head;
@@ -378,19 +418,18 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* s
   };
   for (int word = mask_shape.key_words() - 1; word > last_word; --word) store_mask_word(word);
 
-  RingPosition<Config::kStages> at;
   for (int tile = num_tiles - 1; tile >= 0; --tile) {
     const int key_begin = tile * Config::kBlockN;
     const int step = group_tiles - 1 - tile;  // tiles that this warpgroup has seen before
 
     // Phase 2: scores. Nothing is in flight over the loop's edge: the other warpgroups keep the tensor cores busy.
     ScoreTile<kHeadDim> score;
-    ring.wait(at.stage, at.parity);
-    const uint32_t s_tile = s_key + at.stage * KeyTile::kBytes;
+    smem.ring.wait(at.stage, at.parity);
+    const uint32_t s_tile = smem.s_key + at.stage * KeyTile::kBytes;
     const int stage = at.stage;
     at.advance();
     if (step < 0) {  // is_causal: the upper warpgroups' rows end earlier
-      if (lane == 0) ring.release(stage);
+      if (lane == 0) smem.ring.release(stage);
       if (tile % (32 / Config::kMaskTiles) == 0) store_mask_word(mask_word(tile * Config::kMaskTiles));
       continue;
     }
@@ -403,7 +442,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* s
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(score);
-    if (lane == 0) ring.release(stage);
+    if (lane == 0) smem.ring.release(stage);
 
     // Phase 3, tiles at an edge only: keys that a row does not see score -inf.
     if (key_begin + Config::kBlockN > unmasked_end) {
@@ -412,6 +451,8 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, uint8_t* s
         const int col = key_begin + i / 4 * 8 + accumulator_col(lane, i % 2);
         if (col >= visible[i / 2 % 2]) score[i] = -INFINITY;
       }
+      ptx::wgmma_pin(
+          score);  // NOTE: or ptxas copies scores into other registers in all tiles, to have them there in these
     }
 
     // Phase 4: the rows' maxima over this lane's columns of each mask tile, as integers (see larger()).
@@ -555,34 +596,23 @@ template <typename Element, int kHeadDim, AlphaKind kKind>
 __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, 1)
     scan_kernel(const __grid_constant__ ScanWithMaps params) {
   using Config = ScanConfig<kHeadDim>;
-  const AttentionProblem& problem = params.pass.problem;
-  const int batch = blockIdx.z, head = blockIdx.y;
-  const int m_block = problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const int row_begin = m_block * Config::kBlockM;
-  const WorkRange range = work_range(problem, batch);
-  const int num_tiles = ceil_div(range.max_visible_keys(row_begin, row_begin + Config::kBlockM), Config::kBlockN);
-
-  uint8_t* smem = dynamic_smem();
-  const uint32_t s_key = ptx::shared_address(smem), s_query = s_key + Config::kQueryOffset;
-  const uint32_t query_full = s_key + Config::kBarrierOffset;
-  const Ring<Config::kStages> ring{query_full + 8};
+  const ScanSmem<kHeadDim> smem(dynamic_smem());
   if (threadIdx.x == 0) {
-    ptx::mbarrier_init(query_full, 1);
-    ring.init(Config::kConsumers * kWarpgroupWarps);
+    smem.ring.init(Config::kConsumers * kWarpgroupWarps);
+    smem.slot.init(Config::kConsumers * kWarpgroupWarps);
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-
   if (warpgroup_id() == 0) {
     ptx::setmaxnreg_decrease<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) {
-      const int kv_head = kv_head_of(head, problem.num_heads, problem.num_kv_heads);
-      produce_keys<kHeadDim>(params, s_key, s_query, query_full, ring, row_begin, num_tiles, head, kv_head, batch);
-    }
+    if (warp_id() == 0) produce_keys(params, smem);
   } else {
     ptx::setmaxnreg_increase<Config::kConsumerRegisters>();
-    scan_rows<Element, kHeadDim, kKind>(params, smem, s_key, s_query, query_full, ring, row_begin, num_tiles, head,
-                                        batch, range);
+    ItemSlots<1>::Position item;
+    RingPosition<Config::kStages> at;
+    for (BlockAt taken; (taken = smem.slot.wait(item)).x != smem.slot.kNone; item.advance()) {
+      scan_rows<Element, kHeadDim, kKind>(params, smem, {params.pass.problem, taken}, item, at);
+    }
   }
 }
 
