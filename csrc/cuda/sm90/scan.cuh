@@ -270,13 +270,6 @@ struct RowBounds {
     }
   }
 
-  // Where tau should be.
-  __device__ __forceinline__ float expected_tau(int r) const {
-    const TailSums lane_sums = likely(r);
-    const TailSums total{quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
-    return point[r] + norm_line(entmax, total).distance_to(1.0f);
-  }
-
   // Raises the thresholds by what the sums say; the points move to where tau should be once there are `growth` times as
   // many keys. The whole warp.
   __device__ __forceinline__ void solve(int num_tiles, float growth) {
@@ -288,6 +281,21 @@ struct RowBounds {
       raise_threshold(r, point[r] + line.step_to(1.0f));
       move(r, fmaxf(point[r] + line.distance_to(target), threshold[r] * to_z));
     }
+  }
+
+  // Raises a threshold for the last time; returns how far above it tau should be. The whole warp.
+  __device__ __forceinline__ float finish(int r, int num_tiles) {
+    const NormLine line = row_line(sums[r], num_tiles);
+    if (line.height > 0.0f && line.slope > 0.0f) raise_threshold(r, point[r] + line.step_to(1.0f));
+    const float tau_lower = threshold[r] * to_z;
+    const TailSums lane_sums = likely(r);
+    const TailSums total{quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
+    const float expected_tau = point[r] + norm_line(entmax, total).distance_to(1.0f);
+    // The line's mean gap at tau_lower, less than the row's largest one there: a refinement must start where there are
+    // keys. NaN where all sums were lost.
+    constexpr float kLargestLoss = 0.3f;
+    const float mean_gap = divide(line.height, line.slope) - (tau_lower - point[r]);
+    return fminf(expected_tau - tau_lower, fmaxf(kLargestLoss * mean_gap, 0.0f));
   }
 
   // Remembers the thresholds. A quad's lanes hold the same ones; one of them writes. The whole warp.
@@ -544,8 +552,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
   }
 
   // Phase 7: the result.
-  const float expected_tau[] = {bounds.expected_tau(0), bounds.expected_tau(1)};
-  bounds.solve(group_tiles, 1.0f);
+  const float start[] = {bounds.finish(0, group_tiles), bounds.finish(1, group_tiles)};
 #pragma unroll
   for (int r = 0; r < Config::kRowsPerLane; ++r) {
     const int row = warp_row + bounds.row_in_warp(lane, r);
@@ -553,10 +560,10 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
     const int64_t index = row_index(problem, batch, head, row);
     const float threshold = bounds.threshold[r];
     const bool has_keys = visible[r] > 0 && threshold != -INFINITY;
-    const float tau_lower = round_below(threshold * bounds.to_z);
-    params.pass.tau_lower[index] = !has_keys ? INFINITY : threshold < INFINITY ? tau_lower : NAN;
-    params.pass.is_coarse[index] =
-        has_keys && threshold < INFINITY ? encode_start(expected_tau[r] - tau_lower) : uint8_t(0);
+    params.pass.tau_lower[index] = !has_keys              ? INFINITY
+                                   : threshold < INFINITY ? round_below(threshold * bounds.to_z)
+                                                          : NAN;
+    params.pass.is_coarse[index] = has_keys && threshold < INFINITY ? encode_start(start[r]) : uint8_t(0);
   }
   if (!is_mask_row_there) return;
 
