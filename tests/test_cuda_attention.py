@@ -266,6 +266,9 @@ def test_attn_mask_of_any_strides():
     tensors = [t.requires_grad_() for t in (query, key, value)]
     for layout in ("slice", "transposed", "strided"):
         check(library.attention, *tensors, grad_out, attn_mask=cases.poisoned(mask, layout), scale=-0.3)
+    odd = torch.randn(1, 2, 70, 91).to(BF16)  # a lane's two neighbours are no aligned pair
+    for rows in (odd[..., :90], odd[..., 1:], (odd > 0)[..., :90], (odd > 0)[..., 1:], (odd > 0).mT[..., 1:, :].mT):
+        check(library.attention, *tensors, grad_out, attn_mask=rows)
 
 
 @only_sm80

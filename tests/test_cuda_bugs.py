@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(library.has_gpu(), reason="seeded bugs are for t
 TILE = "csrc/cuda/tile/"
 SCAN, OUTPUT = "csrc/cuda/sm80/scan.cuh", "csrc/cuda/sm80/output.cuh"
 GRAD_QUERY, GRAD_KEY_VALUE = "csrc/cuda/sm80/grad_query.cuh", "csrc/cuda/sm80/grad_key_value.cuh"
-LIVE_TILES = "csrc/cuda/tile/live_tiles.cuh"
+LIVE_TILES, SCORE_MASK = "csrc/cuda/tile/live_tiles.cuh", "csrc/cuda/tile/score_mask.cuh"
 GRAD_MASK, PASS_PARAMS = "csrc/cuda/sm80/grad_mask.cuh", "csrc/cuda/pass_params.h"
 HISTOGRAM, ENTMAX, WORK_RANGE = "csrc/math/histogram.h", "csrc/math/entmax.h", "csrc/math/work_range.h"
 REFINEMENT = "csrc/math/refinement.h"
@@ -74,6 +74,9 @@ BUGS = {
         LIVE_TILES,
         "ptx::cp_async_wait<0>();\n    __syncthreads();\n    if (kStages == 2",
         "__syncthreads();\n    if (kStages == 2",
+    ),
+    "attn_mask is read past its last key": Patch(
+        SCORE_MASK, "key_begin + kN * kMmaN <= min(visible_first, visible_second)", "true"
     ),
     "the mask loses a word": Patch(OUTPUT, "finish_words_before(mask_shape.key_words());", ""),
     "delta has the wrong sign": Patch(

@@ -144,7 +144,8 @@ struct GradQueryConfig {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kMinBlocks = kWarpsPerSm / kWarps;
   static constexpr int kBlockN = kCols == 256 ? 16 : kKeysPerPart<kCols>;
-  static constexpr int kKeysPerStep = kBlockN < 32 ? kBlockN : 32;  // scores in registers at a time
+  // Scores in registers at a time; of float32 their masks too.
+  static constexpr int kKeysPerStep = kBlockN < 32 || (kCols == 192 && kHasMask) ? 16 : 32;
   static constexpr int kStages = kCols <= 256 ? 2 : 1;
   static constexpr bool kQueryInRegisters = kCols <= 128;
   static constexpr bool kGradOutInRegisters = kCols == 128;

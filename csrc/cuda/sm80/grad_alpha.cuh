@@ -100,12 +100,14 @@ __global__ void __launch_bounds__(GradSumsConfig<kTileCols<Element, kHeadDim>>::
       ptx::cp_async_wait<0>();
       __syncthreads();
       float score[kFragmentsN][4], grad_prob[kFragmentsN][4];
-      multiply_transposed<Element, kCols>(score, query, s_key);
-      multiply_transposed<Element, kCols>(grad_prob, grad_out, s_value);
+      const auto multiply = [&] { multiply_transposed<Element, kCols>(score, query, s_key); };
       if (problem.mask.data != nullptr) {
-        const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
-        mask.apply_to(score, warp_row, key_begin, visible[0], visible[1]);
+        ScoreMask<Element>(problem.mask, batch, head, score_scale(problem))
+            .multiply_masked(score, warp_row, key_begin, [&](int half) { return visible[half]; }, multiply);
+      } else {
+        multiply();
       }
+      multiply_transposed<Element, kCols>(grad_prob, grad_out, s_value);
 #pragma unroll
       for (int n = 0; n < kFragmentsN; ++n) {
 #pragma unroll

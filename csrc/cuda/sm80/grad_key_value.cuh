@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
   int* s_first_row = reinterpret_cast<int*>(smem + Config::kSmemBytes - Config::kFirstRowBytes);
   for (int i = threadIdx.x; i < Config::kBlockN; i += Config::kThreads)
     s_first_row[i] = range.first_row_of(key_begin + i);
-  const auto first_row_of = [&](int i, int e) {
-    return s_first_row[first_key + i * kMmaM + accumulator_row(lane, e / 2)];
+  const auto first_row_of = [&](int i, int half) {
+    return s_first_row[first_key + i * kMmaM + accumulator_row(lane, half)];
   };
 
   // Phase 2: the live query blocks of all heads of the group, with two stages the copies one block ahead.
@@ -217,21 +217,18 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
       const uint32_t step_offset = stage * kStageBytes + first_row * kCols * 2;
       // Transposed: 16 kFragmentsM keys x kQueriesPerStep queries.
       float weight[kFragmentsM][kFragmentsN][4];
-      multiply_transposed<Element, kCols>(weight, key, s_query + step_offset);
+      const auto multiply = [&] { multiply_transposed<Element, kCols>(weight, key, s_query + step_offset); };
       if constexpr (kHasMask) {
-        const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
-#pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
-#pragma unroll
-          for (int n = 0; n < kFragmentsN; ++n) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int row = row_begin + first_row + n * kMmaN + accumulator_col(lane, e % 2);
-              if (row < first_row_of(i, e) || row >= num_rows) continue;
-              weight[i][n][e] = mask.apply(weight[i][n][e], row, warp_key + i * kMmaM + accumulator_row(lane, e / 2));
-            }
-          }
-        }
+        ScoreMask<Element>(problem.mask, batch, head, score_scale(problem))
+            .multiply_masked_transposed(
+                weight, row_begin + first_row, warp_key,
+                [&](int i, int n, int half, int parity) {
+                  const int row = row_begin + first_row + n * kMmaN + accumulator_col(lane, parity);
+                  return !is_edge || (row >= first_row_of(i, half) && row < num_rows);
+                },
+                multiply);
+      } else {
+        multiply();
       }
       bool is_live = false;
       MmaOperand<Element> prob[kFragmentsN / 2][kFragmentsM];  // rounded at once: half the registers
@@ -247,7 +244,7 @@ __global__ void __launch_bounds__(GradKeyValueConfig<kTileCols<Element, kHeadDim
               const int n = 2 * k + j;
               const int col = first_row + n * kMmaN + accumulator_col(lane, e % 2), row = row_begin + col;
               float gap = fmaxf(weight[i][n][e] * to_z - s_block_tau[col], 0.0f);
-              if (is_edge && (row < first_row_of(i, e) || row >= num_rows)) gap = 0.0f;
+              if (is_edge && (row < first_row_of(i, e / 2) || row >= num_rows)) gap = 0.0f;
               weight[i][n][e] = entmax.weight(gap);
               exact[j][e] = entmax.prob(gap, weight[i][n][e]);
               is_live |= gap > 0.0f;

@@ -124,10 +124,11 @@ __global__ void __launch_bounds__(GradSumsConfig<kTileCols<Element, kHeadDim>>::
     const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
     const EntmaxOf<Element, AlphaKind::kGeneral> entmax{alpha};
     float score[kFragmentsN][4], grad_prob[kFragmentsN][4];
-    multiply_transposed<Element, kCols>(score, query, s_key);
-    multiply_transposed<Element, kCols>(grad_prob, grad_out, s_value);
     ScoreMask<Element>(problem.mask, batch, head, score_scale(problem))
-        .apply_to(score, warp_row, key_begin, visible[0], visible[1]);
+        .multiply_masked(
+            score, warp_row, key_begin, [&](int half) { return visible[half]; },
+            [&] { multiply_transposed<Element, kCols>(score, query, s_key); });
+    multiply_transposed<Element, kCols>(grad_prob, grad_out, s_value);
 #pragma unroll
     for (int n = 0; n < kFragmentsN; ++n) {
 #pragma unroll

@@ -122,14 +122,14 @@ __global__ void __launch_bounds__(GradQueryConfig<kTileCols<Element, kHeadDim>, 
     for (int first_key = 0; first_key < Config::kBlockN; first_key += Config::kKeysPerStep) {
       const uint32_t step_offset = stage * kStageBytes + first_key * kCols * 2;
       float weight[kFragmentsM][kFragmentsN][4];
-      multiply_transposed<Element, kCols>(weight, query, s_key + step_offset);
+      const auto multiply = [&] { multiply_transposed<Element, kCols>(weight, query, s_key + step_offset); };
       if constexpr (kHasMask) {
-        const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
-#pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
-          mask.apply_to(weight[i], warp_row + i * kMmaM, key_begin + first_key, range.num_visible_keys(row_of(i, 0)),
-                        range.num_visible_keys(row_of(i, 1)));
-        }
+        ScoreMask<Element>(problem.mask, batch, head, score_scale(problem))
+            .multiply_masked(
+                weight, warp_row, key_begin + first_key,
+                [&](int i, int half) { return range.num_visible_keys(row_of(i, half)); }, multiply);
+      } else {
+        multiply();
       }
       const bool is_edge = key_begin + first_key + Config::kKeysPerStep > unmasked_end;
       bool is_live = false;

@@ -170,12 +170,17 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
 
   const auto compute_gaps = [&](float (&gap)[kFragmentsN][4], int part_begin, int stage, int first_key,
                                 LaneSums& sums) {
-    multiply_transposed<Element, kCols>(gap, query, s_key + stage * kKeyStageBytes + first_key * kCols * 2);
     const int key_begin = part_begin + first_key;
+    const auto multiply = [&] {
+      multiply_transposed<Element, kCols>(gap, query, s_key + stage * kKeyStageBytes + first_key * kCols * 2);
+    };
     if constexpr (kHasMask) {
-      const ScoreMask<Element> mask(problem.mask, batch, head, score_scale(problem));
-      mask.apply_to(gap, warp_row, key_begin, range.num_visible_keys(warp_row + accumulator_row(lane, 0)),
-                    range.num_visible_keys(warp_row + accumulator_row(lane, 1)));
+      ScoreMask<Element>(problem.mask, batch, head, score_scale(problem))
+          .multiply_masked(
+              gap, warp_row, key_begin,
+              [&](int half) { return range.num_visible_keys(warp_row + accumulator_row(lane, half)); }, multiply);
+    } else {
+      multiply();
     }
     return scores_to_gaps(gap, rows, to_z, key_begin, key_begin + kKeysPerStep > unmasked_end, sums);
   };

@@ -501,11 +501,18 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
 #pragma unroll 1
     for (int first_key = 0; first_key < Config::kBlockN; first_key += kKeysPerStep) {
       // Phase 3: scores.
-      float score[kFragmentsM][kFragmentsN][4];
-      multiply_transposed<Element, kCols>(score, query, s_stage + first_key * kCols * 2);
-
-      // Phase 4: keys that a row does not see score -inf; looked for at an edge only, and in masks.
       const int key_begin = stage_key + first_key;
+      float score[kFragmentsM][kFragmentsN][4];
+      const auto multiply = [&] { multiply_transposed<Element, kCols>(score, query, s_stage + first_key * kCols * 2); };
+      if constexpr (kHasMask) {
+        ScoreMask<Element>(problem.mask, batch, head, fabsf(scale))
+            .multiply_masked(
+                score, warp_row, key_begin, [&](int i, int half) { return visible_keys(2 * i + half); }, multiply);
+      } else {
+        multiply();
+      }
+
+      // Phase 4: keys that a row does not see score -inf; looked for at an edge only.
       if (key_begin + kKeysPerStep > unmasked_end) {
 #pragma unroll
         for (int r = 0; r < Config::kRowsPerLane; ++r) {
@@ -518,14 +525,6 @@ __global__ void __launch_bounds__(ScanConfig<kTileCols<Element, kHeadDim>>::kThr
               if (col >= visible) score[r / 2][n][2 * (r % 2) + parity] = -INFINITY;
             }
           }
-        }
-      }
-
-      if constexpr (kHasMask) {
-        const ScoreMask<Element> mask(problem.mask, batch, head, fabsf(scale));
-#pragma unroll
-        for (int i = 0; i < kFragmentsM; ++i) {
-          mask.apply_to(score[i], warp_row + i * kMmaM, key_begin, visible_keys(2 * i), visible_keys(2 * i + 1));
         }
       }
 
