@@ -120,8 +120,7 @@ struct OutputConfig {
   // Of A_p and A_w, a warp's and a block's; wider values take more blocks.
   static constexpr int kWarpChunk = kMostAccumulatedCols<kCols>;
   static constexpr int kValueChunk = kChunkWarps * kWarpChunk;
-  static constexpr int kUnroll = kCols == 192 ? 2 : 4;  // of the products' steps; more spills there
-  template <AlphaKind kKind>                            // the power function needs registers too
+  template <AlphaKind kKind>  // the power function needs registers too
   static constexpr bool kQueryInRegisters = kCols <= 64 && kKind != AlphaKind::kGeneral;
 
   static constexpr int kQueryBytes = kBlockM * kCols * 2;
@@ -173,8 +172,7 @@ struct GradSumsConfig {
 template <int kCols, bool kHasMask>
 struct GradKeyValueConfig {
   static constexpr int kKeysPerWarp = kCols <= 64 && !kHasMask ? 32 : 16;  // as kRowsPerWarp of GradQueryConfig
-  static constexpr int kUnroll =
-      kKeysPerWarp == 32 || kCols == 192 ? 2 : 4;  // of the products' steps; 32 keys leave few registers
+  static constexpr int kUnroll = kKeysPerWarp == 32 ? 2 : 4;  // of the products' steps; 32 keys leave few registers
   static constexpr int kBlockN = grad_block_rows(kCols);
   static_assert(kMaskKeys % kBlockN == 0, "a block's keys lie in one column of the mask");
   static constexpr int kKeyWarps = kBlockN / kKeysPerWarp;

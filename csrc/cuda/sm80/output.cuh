@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(OutputConfig<kTileCols<Element, kHeadDim>>::kT
     output_kernel(const OutputParams params) {
   constexpr int kCols = kTileCols<Element, kHeadDim>;
   using Config = OutputConfig<kCols>;
-  using Fragments = std::conditional_t<Config::template kQueryInRegisters<kKind>, RowFragments<kCols>,
-                                       RowFragmentsInSmem<kCols, Config::kUnroll>>;
+  using Fragments =
+      std::conditional_t<Config::template kQueryInRegisters<kKind>, RowFragments<kCols>, RowFragmentsInSmem<kCols>>;
   constexpr int kValueChunk = kChunkOf<Element, Config::kValueChunk>;
   constexpr int kKeysPerStep = Config::template kKeysPerStep<kKind, kHasMask>;
   constexpr int kFragmentsN = kKeysPerStep / kMmaN;

@@ -25,6 +25,9 @@ namespace adasplash2::cuda {
 constexpr int kMmaM = 16;
 constexpr int kMmaN = 8;
 constexpr int kMmaK = 16;
+constexpr int kStepBytes = kMmaK * 2;  // of a row of a tile
+// The swizzle of a tile repeats every 64 columns: what a step reads lies a constant behind what it read 4 steps ago.
+constexpr int kStepsPerSwizzle = 4;
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % kWarpSize; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / kWarpSize; }
@@ -155,16 +158,15 @@ struct RowFragments {
 #pragma unroll
     for (int k = 0; k < kCols / kMmaK; ++k) load_a<kCols>(a[k], s_tile, row, k);
   }
-  __device__ __forceinline__ void get(uint32_t (&fragment)[4], int k) const {
+  __device__ __forceinline__ void get(uint32_t (&fragment)[4], int, int k) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) fragment[i] = a[k][i];
   }
 };
 
-// The same, left in shared memory and read again at each use: for head dims that registers cannot hold. The swizzle
-// repeats every 64 columns: 4 steps of a product at a time have one set of addresses, instead of one per step that the
-// compiler keeps in registers; fewer have less.
-template <int kCols, int kUnrolled = 4>
+// The same, left in shared memory and read again at each use: for head dims that registers cannot hold. Fewer steps of
+// a product at a time take fewer registers for addresses.
+template <int kCols, int kUnrolled = kStepsPerSwizzle>
 struct RowFragmentsInSmem {
   static constexpr int kUnroll = kUnrolled;
   uint32_t s_tile;
@@ -174,7 +176,9 @@ struct RowFragmentsInSmem {
     s_tile = s_tile_;
     row = row_;
   }
-  __device__ __forceinline__ void get(uint32_t (&fragment)[4], int k) const { load_a<kCols>(fragment, s_tile, row, k); }
+  __device__ __forceinline__ void get(uint32_t (&fragment)[4], int first, int k) const {
+    load_a<kCols>(fragment, s_tile + first * kStepBytes, row, k);
+  }
 };
 
 // Steps of 16 along k in a tile of kCols columns.
@@ -195,25 +199,34 @@ __device__ __forceinline__ MmaOperand<Element> load_operand(int k, const Load& l
   return operand;
 }
 
-// body(k, a, n, b) for all steps k along the columns of `rows` and of a tile of 8 kN rows: a are the operands of the 16
-// kM rows, b that of the fragments n and n + 1 of the tile.
+// body(j, a, n, b) for all steps along the columns of `rows` and of a tile of 8 kN rows, j counting those of an
+// unrolled group: a are the operands of the 16 kM rows, b that of the fragments n and n + 1 of the tile.
 template <typename Element, int kCols, int kN, int kM, typename Fragments, typename Body>
 __device__ __forceinline__ void for_each_operands(const Fragments (&rows)[kM], uint32_t s_tile, const Body& body) {
   static_assert(kN % 2 == 0, "an operand B holds two fragments");
-#pragma unroll(Fragments::kUnroll)
-  for (int k = 0; k < kStepsOf<Element, kCols>; ++k) {
-    // NOTE: lets no load of this step move up to those before: operands of several steps at once would spill registers.
-    if constexpr (kPartsOf<Element> > 1) __syncwarp();
-    MmaOperand<Element> a[kM];
+  constexpr int kSteps = kStepsOf<Element, kCols>, kUnroll = kSteps < Fragments::kUnroll ? kSteps : Fragments::kUnroll;
+#pragma unroll 1
+  for (int begin = 0; begin < kSteps; begin += kUnroll) {
+    const int first = kUnroll % kStepsPerSwizzle == 0 ? begin : 0;  // steps by which tiles are shifted
 #pragma unroll
-    for (int i = 0; i < kM; ++i) {
-      a[i] = load_operand<Element, kCols>(k, [&](uint32_t (&fragment)[4], int step) { rows[i].get(fragment, step); });
-    }
+    for (int j = 0; j < kUnroll; ++j) {
+      const int k = begin - first + j;
+      // NOTE: lets no load of this step move up to those before: operands of several steps at once would spill
+      // registers.
+      if constexpr (kPartsOf<Element> > 1) __syncwarp();
+      MmaOperand<Element> a[kM];
 #pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      const auto b = load_operand<Element, kCols>(
-          k, [&](uint32_t (&fragment)[4], int step) { load_b<kCols>(fragment, s_tile, n * kMmaN, step); });
-      body(k, a, n, b);
+      for (int i = 0; i < kM; ++i) {
+        a[i] = load_operand<Element, kCols>(
+            k, [&](uint32_t (&fragment)[4], int step) { rows[i].get(fragment, first, step); });
+      }
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        const auto b = load_operand<Element, kCols>(k, [&](uint32_t (&fragment)[4], int step) {
+          load_b<kCols>(fragment, s_tile + first * kStepBytes, n * kMmaN, step);
+        });
+        body(j, a, n, b);
+      }
     }
   }
 }
@@ -237,17 +250,17 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kM][kN][4], con
     float small[kM][kN][4], large[kM][kN][4];
 #pragma unroll
     for (int i = 0; i < kM; ++i) clear(small[i]);
-    for_each_operands<Element, kCols, kN>(rows, s_tile, [&](int k, const auto& a, int n, const auto& b) {
+    for_each_operands<Element, kCols, kN>(rows, s_tile, [&](int j, const auto& a, int n, const auto& b) {
 #pragma unroll
       for (int i = 0; i < kM; ++i) {
 #pragma unroll
         for (int m = n; m < n + 2; ++m) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) large[i][m][e] = k % kLargeSteps == 0 ? 0.0f : large[i][m][e];
+          for (int e = 0; e < 4; ++e) large[i][m][e] = j % kLargeSteps == 0 ? 0.0f : large[i][m][e];
         }
         multiply_add_small(small[i][n], small[i][n + 1], a[i], b);
         multiply_add_large(large[i][n], large[i][n + 1], a[i], b);
-        if (k % kLargeSteps < kLargeSteps - 1) continue;
+        if (j % kLargeSteps < kLargeSteps - 1) continue;
         add(acc[i][n], large[i][n]);
         add(acc[i][n + 1], large[i][n + 1]);
       }
