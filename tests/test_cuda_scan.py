@@ -104,9 +104,10 @@ def test_error_of_the_tangents(num_keys, factor):
     mean_gap = gap.sum(-1) / (gap > 0).sum(-1)
     shift = (tau - tau_lower) / mean_gap
     assert shift.mean() <= 0.22 and shift.max() <= 0.8
-    start_error = ((run.expected_tau.cpu() - tau) / mean_gap).abs()
+    start_error = ((run.tau_start.cpu() - tau) / mean_gap).abs()
     assert start_error.mean() <= 0.06 and start_error.max() <= 0.8
-    assert (run.expected_tau.cpu() < tau_lower + 0.4 * (exact_z(query, key, 1.5).amax(-1) - tau_lower)).all()
+    assert (run.tau_start.cpu() >= tau_lower).all()
+    assert (run.tau_start.cpu() < tau_lower + 0.4 * (exact_z(query, key, 1.5).amax(-1) - tau_lower)).all()
     assert run.is_coarse.all()
     assert (run.tau.cpu() - tau).abs().max() <= 1e-5
 

@@ -207,7 +207,7 @@ int64_t block_mask_bytes(const AttentionProblem& problem) {
 
 int64_t forward_workspace_bytes(const AttentionProblem& problem) {
   const int64_t num_rows = num_rows_in_all(problem);
-  return align_up(num_rows * int64_t(sizeof(float))) + align_up(block_mask_bytes(problem)) + align_up(num_rows) +
+  return 2 * align_up(num_rows * int64_t(sizeof(float))) + align_up(block_mask_bytes(problem)) + align_up(num_rows) +
          align_up(tile_excess_bytes(problem)) + WorkOrderLayout(problem).num_bytes() + Splitter::inputs_bytes(problem);
 }
 
@@ -289,6 +289,8 @@ void forward(const Forward& given) {
   uint8_t* bytes = static_cast<uint8_t*>(call.workspace);
   ForwardWorkspace workspace;
   workspace.tau_lower = reinterpret_cast<float*>(bytes);
+  bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
+  workspace.tau_start = reinterpret_cast<float*>(bytes);
   bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
   workspace.scan_mask = reinterpret_cast<uint32_t*>(bytes);
   bytes += align_up(block_mask_bytes(problem));

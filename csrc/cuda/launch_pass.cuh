@@ -36,15 +36,22 @@ inline dim3 grid_of(const AttentionProblem& problem, int64_t num_blocks, int64_t
 }
 
 inline ScanParams scan_params(const Forward& call, const ForwardWorkspace& workspace) {
-  return {call.problem, workspace.tau_lower, workspace.is_coarse, workspace.scan_mask, workspace.tile_excess};
+  return {call.problem,        workspace.tau_lower, workspace.tau_start,
+          workspace.is_coarse, workspace.scan_mask, workspace.tile_excess};
 }
 
 inline OutputParams output_params(const Forward& call, const ForwardWorkspace& workspace) {
-  return {call.problem,           workspace.tau_lower,
-          workspace.is_coarse,    workspace.scan_mask,
-          workspace.order.blocks, call.out,
-          call.gap_mean_v,        call.tau,
-          call.support_size,      call.block_mask};
+  return {call.problem,
+          workspace.tau_lower,
+          workspace.tau_start,
+          workspace.is_coarse,
+          workspace.scan_mask,
+          workspace.order.blocks,
+          call.out,
+          call.gap_mean_v,
+          call.tau,
+          call.support_size,
+          call.block_mask};
 }
 
 inline GradParams grad_params(const Backward& call, const BackwardWorkspace& workspace, const uint32_t* block_mask) {

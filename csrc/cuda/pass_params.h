@@ -17,6 +17,7 @@ struct BlockAt {
 struct ScanParams {
   AttentionProblem problem;
   float* tau_lower;
+  float* tau_start;  // sm90's
   uint8_t* is_coarse;
   uint32_t* block_mask;
   uint16_t* tile_excess;
@@ -25,7 +26,8 @@ struct ScanParams {
 struct OutputParams {
   AttentionProblem problem;
   const float* tau_lower;
-  const uint8_t* is_coarse;
+  const float* tau_start;  // sm90's
+  uint8_t* is_coarse;
   const uint32_t* scan_mask;
   const BlockAt* order;  // sm80's
   Rows out;

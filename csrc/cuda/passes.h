@@ -18,9 +18,10 @@ struct WorkOrder {
 // What forward and backward keep in the caller's workspace.
 struct ForwardWorkspace {
   float* tau_lower;       // (B, H, Nq)
+  float* tau_start;       // (B, H, Nq), sm90's: where tau is expected
   uint32_t* scan_mask;    // as the block mask
   uint16_t* tile_excess;  // (B, H, row groups, key tiles), the scan's own
-  uint8_t* is_coarse;     // (B, H, Nq), how much: see encode_start()
+  uint8_t* is_coarse;     // (B, H, Nq), how much: see encode_doubt()
   WorkOrder order;
 };
 

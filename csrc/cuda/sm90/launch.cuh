@@ -90,7 +90,7 @@ struct Instance {
     using Config = RefineConfig<kHeadDim>;
     const AttentionProblem& problem = call.problem;
     const RefineParams params{problem,
-                              workspace.tau_lower,
+                              workspace.tau_start,
                               workspace.is_coarse,
                               workspace.scan_mask,
                               call.tau,
@@ -107,19 +107,23 @@ struct Instance {
     using Config = OutputConfig<kHeadDim>;
     const AttentionProblem& problem = call.problem;
     const cudaStream_t stream = stream_of(call.stream);
-    refine(call, workspace);
     const OutputParams params = with_tensor_maps<kHeadDim>(output_params(call, workspace),
                                                            query_blocks(problem, Config::kBlockM, workspace.order));
     const auto launch = [&](auto kernel) {
       launch_kernel(kernel, dim3(prepare_staying(params.queue, stream)), dim3(Config::kThreads),
                     OutputSmem<kHeadDim>::kBytes, stream, params);
     };
-    const bool wants_weights = call.gap_mean_v.data != nullptr || call.support_size != nullptr;
+    const bool wants_out_alone = call.gap_mean_v.data == nullptr && call.support_size == nullptr;
     for_alpha_kind(problem, [&](auto kind) {
       if constexpr (kind() == AlphaKind::kOneAndHalf) {
-        if (!wants_weights) return launch(output_kernel<Element, kHeadDim, kind(), false>);
+        if (wants_out_alone) {
+          launch(output_kernel<Element, kHeadDim, kind(), OutputKind::kFromEstimate>);
+          refine(call, workspace);
+          return launch(output_kernel<Element, kHeadDim, kind(), OutputKind::kRest>);
+        }
       }
-      launch(output_kernel<Element, kHeadDim, kind(), true>);
+      refine(call, workspace);
+      launch(output_kernel<Element, kHeadDim, kind(), OutputKind::kAll>);
     });
   }
 

@@ -1,7 +1,7 @@
 // Pass B, the output, on Hopper: outputs and mathematics are those of sm80/output.cuh (docs/kernels.md, "sm90"). tau is
-// read too: the sums are taken where refine.cuh has brought it. Where alpha = 1.5 that is tau to the rounding of 16
-// bits; if neither gap_mean_v nor support_size is wanted, it is left at that, and the values are added up with prob
-// alone.
+// read too: the sums are taken where refine.cuh has brought it.
+//
+// At alpha = 1.5, where nothing but out is wanted, refinement can mostly be done without: see OutputKind.
 //
 // Blocks stay, and take blocks of kBlockM rows of a head one after the other (work_queue.cuh). A producer warp brings
 // their queries and live key tiles, K and V, by TMA; each consumer warpgroup owns 64 rows, a warp 16 of them.
@@ -28,6 +28,14 @@
 #include "math/refinement.h"
 
 namespace adasplash2::cuda::sm90 {
+
+enum class OutputKind {
+  kAll,           // from a refined tau
+  kFromEstimate,  // out alone, from where the scan expects tau, and only of blocks where that should do; rows that it
+                  // served are no longer coarse
+  kRest,          // out alone, of blocks with coarse rows, from a tau that refinement has brought to the rounding of 16
+                  // bits: values are added up with prob alone
+};
 
 struct OutputParams {
   cuda::OutputParams pass;
@@ -69,7 +77,7 @@ struct OutputSmem {
   static_assert(kBytes <= kSmemPerBlock, "more shared memory than a block can have");
 };
 
-template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasWeights>
+template <typename Element, int kHeadDim, AlphaKind kKind, OutputKind kOutput>
 struct OutputBlock {
   using Config = OutputConfig<kHeadDim>;
   using Smem = OutputSmem<kHeadDim>;
@@ -80,7 +88,8 @@ struct OutputBlock {
   static constexpr int kConsumers = Config::kConsumers;
   static constexpr int kScores = Config::kBlockN / 2;  // of a lane, in a tile
   static constexpr int kSums = kHeadDim / 2;
-  static_assert(kHasWeights || kKind == AlphaKind::kOneAndHalf, "the last step takes A_w");
+  static constexpr bool kHasWeights = kOutput != OutputKind::kRest;
+  static_assert(kOutput == OutputKind::kAll || kKind == AlphaKind::kOneAndHalf, "the last step takes A_w and a count");
   // Beside the products of the tile before, where weights cost little enough to be computed twice.
   static constexpr bool kSumsBesideProducts = kKind != AlphaKind::kGeneral;
 
@@ -105,12 +114,21 @@ struct OutputBlock {
     ptx::fence_mbarrier_init();
   }
 
+  // All lanes of the producer warp.
+  __device__ __forceinline__ bool has_work(const Rows& rows) const {
+    if constexpr (kOutput == OutputKind::kAll) return true;
+    constexpr float kMostMisses = 0.5f;  // a block with one is done again, by way of a refinement
+    const auto doubt = rows.doubt(problem, params.pass.is_coarse);
+    return kOutput == OutputKind::kRest ? doubt.is_coarse : doubt.num_misses < kMostMisses;
+  }
+
   // The producer warp.
   __device__ __forceinline__ void produce() const {
     ItemSlots<1>::Position item;
     typename Tiles::Position position;
     for_each_taken_item(params.queue, [&](BlockAt block) {
       const Rows rows(problem, block);
+      if (!has_work(rows)) return;
       if (lane_id() == 0) {
         const uint32_t query_full = slot.fill(item, block, QueryTile::kBytes);
         QueryTile::load(s_smem + Smem::kQuery, &params.query, query_full, rows.row_begin, rows.head, rows.batch);
@@ -153,7 +171,8 @@ struct OutputBlock {
     const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
     const Entmax<kKind> entmax{alpha};
     ConsumerRows<kKind> rows;
-    rows.init(range, warp_row, params.pass.tau + head_row);
+    rows.init(range, warp_row,
+              (kOutput == OutputKind::kFromEstimate ? params.pass.tau_start : params.pass.tau) + head_row);
 
     // Phase 1: the queries.
     const LeftOperand<QueryTile, Config::kQueryInRegisters> query(s_smem + Smem::kQuery, consumer * kRowsPerConsumer);
@@ -178,7 +197,7 @@ struct OutputBlock {
         mask_bits = 0;
       }
     };
-    const bool counts = params.pass.support_size != nullptr;
+    const bool counts = kOutput == OutputKind::kAll && params.pass.support_size != nullptr;
     // Without weights, gaps become probs at once.
     const auto make_gaps_and_mask = [&](int tile) {
       finish_words_before(mask_word(tile));
@@ -276,28 +295,45 @@ struct OutputBlock {
     finish_words_before(block.mask_shape.key_words());
 
     // Phase 3: the last step for tau, and its fold into the output.
+    const auto fold_out = [&](int half, float prob_scale, float weight_scale) {
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) {
+        if (i / 2 % 2 == half) sum_prob_v[i] = sum_prob_v[i] * prob_scale - sum_weight_v[i] * weight_scale;
+      }
+    };
+    bool misses = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if constexpr (!kHasWeights) {
+      const int row = warp_row + accumulator_row(lane, half);
+      const bool is_there = row < num_queries;
+      if constexpr (kOutput == OutputKind::kRest) {
         const float scale = output_scale(quad_sum(rows.prob_sum[half]), rows.tau[half]);
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
           if (i / 2 % 2 == half) sum_prob_v[i] *= scale;
         }
+      } else if constexpr (kOutput == OutputKind::kFromEstimate) {
+        const ShiftedFold fold =
+            shifted_fold(quad_sum(rows.prob_sum[half]), quad_sum(rows.weight_sum[half]), rows.tau[half]);
+        fold_out(half, fold.prob_scale, fold.weight_scale);
+        misses |= is_there && fold.shift > kLargestShift<Element>;
       } else {
         const RowSums total = rows.total(half);
         const OutputFold fold = output_fold(entmax, total, rows.tau[half]);
+        fold_out(half, fold.prob_scale, fold.shift * fold.prob_scale);
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
-          if (i / 2 % 2 != half) continue;
-          sum_prob_v[i] = (sum_prob_v[i] - fold.shift * sum_weight_v[i]) * fold.prob_scale;
-          sum_weight_v[i] *= fold.weight_scale;
+          if (i / 2 % 2 == half) sum_weight_v[i] *= fold.weight_scale;
         }
-        const int row = warp_row + accumulator_row(lane, half);
-        if (lane % 4 == 0 && row < num_queries) {
+        if (lane % 4 == 0 && is_there) {
           params.pass.tau[head_row + row] = rows.tau[half] + fold.step;
           if (counts) params.pass.support_size[head_row + row] = static_cast<int32_t>(total.count);
         }
+      }
+    }
+    if constexpr (kOutput == OutputKind::kFromEstimate) {
+      if (!__any_sync(kAllLanes, misses) && lane < kMaskRows && warp_row + lane < num_queries) {
+        params.pass.is_coarse[head_row + warp_row + lane] = 0;
       }
     }
 
@@ -306,17 +342,17 @@ struct OutputBlock {
     __syncwarp();
     store_warp_rows<Element, QueryTile>(&params.out, s_smem + Smem::kOut, block_warp * kMaskRows, sum_prob_v, warp_row,
                                         head, batch);
-    if (params.pass.gap_mean_v.data != nullptr) {
+    if (kOutput == OutputKind::kAll && params.pass.gap_mean_v.data != nullptr) {
       store_warp_rows<Element, QueryTile>(&params.gap_mean_v, s_smem + Smem::kGapMeanV, block_warp * kMaskRows,
                                           sum_weight_v, warp_row, head, batch);
     }
   }
 };
 
-template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasWeights>
+template <typename Element, int kHeadDim, AlphaKind kKind, OutputKind kOutput>
 __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, 1)
     output_kernel(const __grid_constant__ OutputParams params) {
-  const OutputBlock<Element, kHeadDim, kKind, kHasWeights> block(params);
+  const OutputBlock<Element, kHeadDim, kKind, kOutput> block(params);
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warpgroup_id() == 0) {

@@ -7,7 +7,10 @@
 
 #include "cuda/pass_params.h"
 #include "cuda/problem.cuh"
+#include "cuda/tile/fragment.cuh"
+#include "cuda/tile/row_reduce.cuh"
 #include "math/block_mask.h"
+#include "math/refinement.h"
 
 namespace adasplash2::cuda::sm90 {
 
@@ -32,6 +35,21 @@ struct QueryBlock {
   }
   __device__ __forceinline__ int num_row_groups() const {
     return min(kBlockM / kMaskRows, mask_shape.num_row_groups - row_begin / kMaskRows);
+  }
+  // Is a row of it coarse, and of how many rows is the estimate of tau expected to miss? All lanes of a warp.
+  struct Doubt {
+    bool is_coarse;
+    float num_misses;
+  };
+  __device__ __forceinline__ Doubt doubt(const AttentionProblem& problem, const uint8_t* is_coarse) const {
+    const uint8_t* g_codes = is_coarse + row_index(problem, batch, head, 0);
+    uint32_t any = 0;
+    float num_misses = 0.0f;
+    for (int row = row_begin + lane_id(); row < min(row_begin + kBlockM, range.num_queries); row += kWarpSize) {
+      any |= g_codes[row];
+      num_misses += decode_doubt(g_codes[row]);
+    }
+    return {__any_sync(kAllLanes, any != 0) != 0, warp_sum(num_misses)};
   }
   // Keys that a row of the block may see, and the tiles of the mask that they are in.
   __device__ __forceinline__ int num_visible_keys() const {

@@ -3,7 +3,8 @@
 //
 //   in   query (B, H, Nq, D), key (B, Hkv, Nk, D)
 //   out  tau_lower (B, H, Nq) float, in units of z; +inf for a row without keys, NaN for a row with a NaN or +inf score
-//        is_coarse (B, H, Nq) uint8, not 0 for any row with a tau: all of these bounds are refined (math/refinement.h)
+//        tau_start (B, H, Nq) float: where tau is expected at alpha = 1.5, else tau_lower
+//        is_coarse (B, H, Nq) uint8, not 0 for any row with a tau: how doubtful that is (math/refinement.h)
 //        block_mask (rows, see block_mask.h): 0 where no score of the tile exceeds a lower bound of its row's tau
 //   own  tile_excess (B, H, row groups, key tiles) uint16
 //
@@ -95,13 +96,12 @@ using TileMaxima = float[ScanConfig<kHeadDim>::kMaskTiles][ScanConfig<kHeadDim>:
 
 // What a warp knows of its 16 rows so far. A lane keeps the two rows of its quad; `sums` are of the keys in its own
 // columns, the rest is the same in the four lanes.
-template <int kHeadDim, AlphaKind kKind>
+template <typename Element, int kHeadDim, AlphaKind kKind>
 struct RowBounds {
   using Config = ScanConfig<kHeadDim>;
   static constexpr int kRows = Config::kRowsPerLane;
 
-  float* s_snapshots;  // [kSnapshots][kRowsPerWarp], thresholds as they were
-  float to_z, from_z;
+  float to_z;
   Entmax<kKind> entmax;
 
   float threshold[kRows];  // in units of the score: at or below tau, so only scores above it can matter; +inf: none can
@@ -112,10 +112,8 @@ struct RowBounds {
   TailSums unproven[kRows];
   static constexpr bool kEstimates = kKind == AlphaKind::kOneAndHalf;
 
-  __device__ __forceinline__ void init(float* s_snapshots_, float to_z_, float alpha) {
-    s_snapshots = s_snapshots_;
+  __device__ __forceinline__ void init(float to_z_, float alpha) {
     to_z = to_z_;
-    from_z = 1.0f / to_z_;
     entmax.alpha = alpha;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -138,8 +136,8 @@ struct RowBounds {
   }
   // To the largest score that is certainly at or below a bound.
   __device__ __forceinline__ void raise_threshold(int r, float bound) {
-    const float score = round_below(bound) * from_z;
-    set_threshold(r, fmaxf(threshold[r], score - fabsf(score) * 0x1p-22f));
+    const float score = divide(round_below(bound), to_z);
+    set_threshold(r, fmaxf(threshold[r], score - fabsf(score) * 0x1p-20f));
   }
 
   // A NaN is a hit: it must be seen.
@@ -155,18 +153,24 @@ struct RowBounds {
   __device__ __forceinline__ TailSums likely(int r) const {
     return {sums[r].prob + unproven[r].prob, sums[r].weight + unproven[r].weight};
   }
+  static __device__ __forceinline__ TailSums of_row(const TailSums& lane_sums) {
+    return {quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
+  }
+  static __device__ __forceinline__ NormTail tail(const TailSums& row_sums, int num_tiles) {
+    return kEstimates ? norm_tail(row_sums, num_tiles * Config::kBlockN) : NormTail::kShort;
+  }
   // After moves from old_point, where `likely_there` was likely.
-  __device__ __forceinline__ void move_unproven(int r, const TailSums& likely_there, float old_point) {
+  __device__ __forceinline__ void move_unproven(int r, const TailSums& likely_there, NormTail tail, float old_point) {
     if constexpr (kEstimates) {
-      const TailSums likely_here = expected(entmax, likely_there, point[r] - old_point);
+      const TailSums likely_here = expected(entmax, likely_there, point[r] - old_point, tail);
       unproven[r] = {likely_here.prob - sums[r].prob, likely_here.weight - sums[r].weight};
     }
   }
-  __device__ __forceinline__ void move(int r, float new_point) {
+  __device__ __forceinline__ void move(int r, NormTail tail, float new_point) {
     const TailSums likely_there = likely(r);
     const float old_point = point[r];
     move_certain(r, new_point);
-    move_unproven(r, likely_there, old_point);
+    move_unproven(r, likely_there, tail, old_point);
   }
 
   // The sums of lane and tile columns [kBegin, kEnd) at the points, beside what is there.
@@ -218,12 +222,46 @@ struct RowBounds {
     }
   }
 
+  // Adds a tile by its sums alone, without its maxima: one whose mask tiles all have keys above the points, none of
+  // them by more than 1, and no NaN. Returns whether it is one, and what excess() is at the most; else adds nothing.
+  // The whole warp.
+  __device__ __forceinline__ bool add_full(const ScoreTile<kHeadDim>& score, int snapshot, float& largest_excess) {
+    static_assert(kKind == AlphaKind::kOneAndHalf, "half sums");
+    HalfSums total[kRows];
+    bool is_full = true;
+#pragma unroll
+    for (int half = 0; half < Config::kMaskTiles; ++half) {
+      HalfSums part[kRows];
+#pragma unroll
+      for (int n = 0; n < kMaskKeys / 2; n += 2) {
+        const int r = n / 2 % 2, i = half * (kMaskKeys / 2) + n;
+        part[r].add(fmaf(score[i], to_z, -point[r]), fmaf(score[i + 1], to_z, -point[r]));
+      }
+      is_full &= __any_sync(kAllLanes, part[0].has_gap() || part[1].has_gap()) != 0;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) total[r].add(part[r]);
+    }
+    const float prob[kRows] = {total[0].prob(), total[1].prob()};
+    if (!is_full || !__all_sync(kAllLanes, prob[0] <= 1.0f && prob[1] <= 1.0f)) return false;
+    float most = 0.0f;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      sums[r].prob += prob[r];
+      sums[r].weight += total[r].weight();
+      // The largest gap is at most the root of the sum of all squares, here of half precision: see row_line().
+      const float point_excess = point[r] - threshold_then(snapshot, r) * to_z;
+      most = fmaxf(most, point_excess + square_root(prob[r]) * (1.0f + 0x1p-7f) + 0x1p-12f);
+    }
+    largest_excess = warp_max_of_positive(most);
+    return true;
+  }
+
   // The line of a row's sums over the quad, low enough for their rounding. Of half sums: height and slope are off by
   // less than 2^-8 of themselves each, and no step that counts is longer than the line is to its end: 2^-7 of the
   // height, and as much for what the moves before have added. Of others: `num_tiles` bounds it, 32 terms a tile and
   // chain.
   __device__ __forceinline__ NormLine row_line(const TailSums& lane_sums, int num_tiles) const {
-    const TailSums total{quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
+    const TailSums total = of_row(lane_sums);
     NormLine line = norm_line(entmax, total);
     constexpr float kSlack = kKind == AlphaKind::kOneAndHalf ? 0x1p-6f : kKind == AlphaKind::kTwo ? 0x1p-18f : 0x1p-15f;
     const float slack = num_tiles * 0x1p-19f + kSlack;
@@ -266,7 +304,8 @@ struct RowBounds {
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (starts[r]) move_unproven(r, likely_before[r], point_before[r]);
+      const NormTail tail_before = tail(of_row(likely_before[r]), num_tiles);
+      if (starts[r]) move_unproven(r, likely_before[r], tail_before, point_before[r]);
     }
   }
 
@@ -277,39 +316,50 @@ struct RowBounds {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const NormLine line = row_line(sums[r], num_tiles);
+      const NormTail row_tail = tail(of_row(likely(r)), num_tiles);
       if (!(line.height > 0.0f && line.slope > 0.0f)) continue;
       raise_threshold(r, point[r] + line.step_to(1.0f));
-      move(r, fmaxf(point[r] + line.distance_to(target), threshold[r] * to_z));
+      move(r, row_tail, fmaxf(point[r] + line.distance_to(target, row_tail), threshold[r] * to_z));
     }
   }
 
-  // Raises a threshold for the last time; returns how far above it tau should be. The whole warp.
-  __device__ __forceinline__ float finish(int r, int num_tiles) {
+  // Raises a threshold for the last time; returns where tau should be. The whole warp.
+  __device__ __forceinline__ TauEstimate finish(int r, int num_tiles) {
     const NormLine line = row_line(sums[r], num_tiles);
     if (line.height > 0.0f && line.slope > 0.0f) raise_threshold(r, point[r] + line.step_to(1.0f));
-    const float tau_lower = threshold[r] * to_z;
-    const TailSums lane_sums = likely(r);
-    const TailSums total{quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
-    const float expected_tau = point[r] + norm_line(entmax, total).distance_to(1.0f);
+    const float tau_lower = round_below(threshold[r] * to_z);
+    if constexpr (!kEstimates) return {tau_lower, 1.0f};
+    const TailSums total = of_row(likely(r));
+    const NormLine likely_line = norm_line(entmax, total);
+    const float distance = likely_line.distance_to(1.0f, tail(total, num_tiles));
     // The line's mean gap at tau_lower, less than the row's largest one there: a refinement must start where there are
     // keys. NaN where all sums were lost.
     constexpr float kLargestLoss = 0.3f;
     const float mean_gap = divide(line.height, line.slope) - (tau_lower - point[r]);
-    return fminf(expected_tau - tau_lower, fmaxf(kLargestLoss * mean_gap, 0.0f));
+    const float tau = fminf(point[r] + distance, tau_lower + fmaxf(kLargestLoss * mean_gap, 0.0f));
+    return {fmaxf(tau, tau_lower),
+            chance_to_miss(num_equal_keys(total), divide(distance * likely_line.slope, likely_line.height),
+                           kLargestShift<Element>)};
   }
 
+  // A threshold of the warp's rows as it was at a snapshot.
+  static __device__ __forceinline__ float& threshold_then(int index, int r) {
+    const int warp = warp_id() - kWarpgroupWarps, row = row_in_warp(lane_id(), r);
+    return reinterpret_cast<float*>(dynamic_smem() + Config::kSnapshotOffset)[  // [warps][kSnapshots][kRowsPerWarp]
+        (warp * Config::kSnapshots + index) * Config::kRowsPerWarp + row];
+  }
   // Remembers the thresholds. A quad's lanes hold the same ones; one of them writes. The whole warp.
   __device__ __forceinline__ void take_snapshot(int index) {
     const int lane = lane_id();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (lane % 4 == 0) s_snapshots[index * Config::kRowsPerWarp + row_in_warp(lane, r)] = threshold[r];
+      if (lane % 4 == 0) threshold_then(index, r) = threshold[r];
     }
     __syncwarp();
   }
 
   __device__ __forceinline__ float above_snapshot(int index, int r, float score) const {
-    return (score - s_snapshots[index * Config::kRowsPerWarp + row_in_warp(lane_id(), r)]) * to_z;
+    return (score - threshold_then(index, r)) * to_z;
   }
   // The most by which a score of the warp's rows exceeds its snapshot, given the maxima of the lane's rows.
   __device__ __forceinline__ float excess(int index, const float (&maxima)[kRows]) const {
@@ -367,66 +417,152 @@ __device__ __forceinline__ void produce_keys(const ScanWithMaps& params, const S
   if (lane_id() == 0) smem.slot.close(item);
 }
 
+// The 16 rows of a consumer's warp in an item: which keys they see, and where what they leave goes.
+template <int kHeadDim>
+struct WarpRows {
+  using Config = ScanConfig<kHeadDim>;
+  QueryBlock<Config::kBlockM> block;
+  int warp_row;
+  int visible[Config::kRowsPerLane];  // keys that the lane's rows see
+  int unmasked_end;            // of keys that all rows see which see any: others take no hits whatever they score
+  int num_tiles, group_tiles;  // of the block and of the warpgroup
+  bool is_mask_row_there;
+  uint32_t* g_mask;    // their row of the mask
+  uint16_t* g_excess;  // and of the excesses
+
+  __device__ __forceinline__ WarpRows(const ScanParams& pass, BlockAt taken) : block(pass.problem, taken) {
+    const WorkRange& range = block.range;
+    const int warp = warp_id() - kWarpgroupWarps;
+    warp_row = block.row_begin + warp * Config::kRowsPerWarp;
+#pragma unroll
+    for (int r = 0; r < Config::kRowsPerLane; ++r) {
+      visible[r] = range.num_visible_keys(warp_row + accumulator_row(lane_id(), r));
+    }
+    unmasked_end = range.num_visible_keys(larger(warp_row, range.first_row_of(0)));
+    const int group_row = block.row_begin + warp / kWarpgroupWarps * kWgmmaM;
+    num_tiles = Config::num_tiles(block);
+    group_tiles = ceil_div(range.max_visible_keys(group_row, group_row + kWgmmaM), Config::kBlockN);
+
+    const BlockMaskShape& shape = block.mask_shape;
+    const int64_t head_index = block.batch * pass.problem.num_heads + block.head;
+    is_mask_row_there = warp_row / kMaskRows < shape.num_row_groups;
+    g_mask = pass.block_mask + block.mask_row(pass.problem, warp_row);
+    g_excess = pass.tile_excess + (head_index * shape.num_row_groups + warp_row / kMaskRows) * shape.num_key_tiles;
+  }
+
+  // The words of the mask from this one on have no tiles of the block.
+  __device__ __forceinline__ int end_word() const {
+    return min(mask_word(num_tiles * Config::kMaskTiles - 1) + 1, block.mask_shape.key_words());
+  }
+};
+
+// Phases 8 and 9 of an item, as the warp's bounds are after its last tile.
+template <typename Element, int kHeadDim, AlphaKind kKind>
+__device__ __forceinline__ void store_rows(const ScanParams& pass, BlockAt taken,
+                                           RowBounds<Element, kHeadDim, kKind>& bounds) {
+  using Config = ScanConfig<kHeadDim>;
+  // NOTE: by way of shuffles, or all of this would be taken from what the loop over the tiles began with, and be in
+  // registers meanwhile.
+  const WarpRows<kHeadDim> rows(pass, {__shfl_sync(kAllLanes, taken.x, 0), __shfl_sync(kAllLanes, taken.y_and_z, 0)});
+  const int lane = lane_id(), group_tiles = rows.group_tiles;
+
+  // Phase 8: the result.
+  const TauEstimate estimates[] = {bounds.finish(0, group_tiles), bounds.finish(1, group_tiles)};
+#pragma unroll
+  for (int r = 0; r < Config::kRowsPerLane; ++r) {
+    const int row = rows.warp_row + bounds.row_in_warp(lane, r);
+    if (lane % 4 != 0 || row >= rows.block.range.num_queries) continue;
+    const int64_t index = row_index(pass.problem, rows.block.batch, rows.block.head, row);
+    const float threshold = bounds.threshold[r];
+    const bool has_keys = rows.visible[r] > 0 && threshold != -INFINITY, has_tau = has_keys && threshold < INFINITY;
+    const float no_tau = has_keys ? NAN : INFINITY;
+    pass.tau_lower[index] = has_tau ? round_below(threshold * bounds.to_z) : no_tau;
+    pass.tau_start[index] = has_tau ? estimates[r].tau : no_tau;
+    pass.is_coarse[index] = has_tau ? encode_doubt(estimates[r].chance_to_miss) : uint8_t(0);
+  }
+  if (!rows.is_mask_row_there) return;
+
+  // Phase 9: tiles whose scores have all fallen below the final thresholds leave the mask. Lane l keeps the rises since
+  // snapshot l, then looks at tile l of each word.
+  const int num_snapshots = group_tiles > 0 ? snapshot_of(group_tiles - 1) + 1 : 0;
+  float rise_since = 0.0f;
+  for (int index = 0; index < num_snapshots; ++index) {
+    const float rise = bounds.rise(index);
+    if (lane == index) rise_since = rise;
+  }
+  __syncwarp();
+  constexpr int kBatch = 4;  // words in flight
+  const int num_words = rows.end_word();
+  for (int first_word = 0; first_word < num_words; first_word += kBatch) {
+    uint32_t marked[kBatch];
+    uint16_t excess[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) marked[i] = first_word + i < num_words ? rows.g_mask[first_word + i] : 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      excess[i] = (marked[i] & mask_bit(lane)) != 0 ? rows.g_excess[(first_word + i) * 32 + lane] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first_word + i >= num_words) break;
+      const bool is_marked = (marked[i] & mask_bit(lane)) != 0;
+      const int steps_before = group_tiles - 1 - ((first_word + i) * 32 + lane) / Config::kMaskTiles;
+      const float rise = __shfl_sync(kAllLanes, rise_since, is_marked ? snapshot_of(steps_before) : 0);
+      const uint32_t live = __ballot_sync(kAllLanes, is_marked && decode_excess(excess[i]) >= rise);
+      if (lane == 0) rows.g_mask[first_word + i] = live;
+    }
+  }
+}
+
 // A consumer's part of an item.
 template <typename Element, int kHeadDim, AlphaKind kKind>
-__device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const ScanSmem<kHeadDim>& smem,
-                                          const QueryBlock<ScanConfig<kHeadDim>::kBlockM>& block,
+__device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const ScanSmem<kHeadDim>& smem, BlockAt taken,
                                           const ItemSlots<1>::Position& item,
                                           RingPosition<ScanConfig<kHeadDim>::kStages>& at) {
   using Config = ScanConfig<kHeadDim>;
   using KeyTile = typename Config::KeyTile;
   using QueryTile = typename Config::QueryTile;
   constexpr float kLargestGrowth = 4.0f;
+  constexpr int kManyFullTiles = 6;
   const AttentionProblem& problem = params.pass.problem;
-  const WorkRange& range = block.range;
-  const int batch = block.batch, head = block.head, num_tiles = Config::num_tiles(block);
-  const int consumer = warpgroup_id() - 1, warp = warp_id() - kWarpgroupWarps, lane = lane_id();
-  const int group_row = block.row_begin + consumer * kWgmmaM;
-  const int warp_row = block.row_begin + warp * Config::kRowsPerWarp;
+  const WarpRows<kHeadDim> rows(params.pass, taken);
+  // NOTE: the shuffle keeps what follows from it from being computed once for all items, in registers over the loops.
+  const int warp = __shfl_sync(kAllLanes, warp_id(), 0) - kWarpgroupWarps, lane = lane_id();
+  const int group_tiles = rows.group_tiles;
+  const int visible[] = {rows.visible[0], rows.visible[1]};
 
   // Phase 1: the queries, into registers.
   uint32_t query[kHeadDim / kWgmmaK][4];
 #pragma unroll
   for (int k = 0; k < kHeadDim / kWgmmaK; ++k) {
-    ptx::ldmatrix_x4(query[k], smem.s_query + consumer * QueryTile::kBytes +
+    ptx::ldmatrix_x4(query[k], smem.s_query + warp / kWarpgroupWarps * QueryTile::kBytes +
                                    QueryTile::offset(warp % kWarpgroupWarps * 16 + lane % 16, 2 * k + lane / 16));
   }
   smem.slot.release(item);
 
-  const float alpha = head_alpha(problem, batch, head);
-  RowBounds<kHeadDim, kKind> bounds;
-  bounds.init(
-      reinterpret_cast<float*>(smem.bytes + Config::kSnapshotOffset) + warp * Config::kSnapshots * Config::kRowsPerWarp,
-      score_to_z(problem, alpha), alpha);
-  int visible[Config::kRowsPerLane];  // keys that the row sees
+  const float alpha = head_alpha<kKind>(problem, rows.block.batch, rows.block.head);
+  RowBounds<Element, kHeadDim, kKind> bounds;
+  bounds.init(score_to_z(problem, alpha), alpha);
 #pragma unroll
   for (int r = 0; r < Config::kRowsPerLane; ++r) {
-    visible[r] = range.num_visible_keys(warp_row + bounds.row_in_warp(lane, r));
     if (visible[r] == 0) bounds.close(r);
   }
-  // Rows without keys take no hits whatever their scores, so only the first row that has some bounds the unmasked part.
-  const int unmasked_end = range.num_visible_keys(larger(warp_row, range.first_row_of(0)));
-  const int group_key_end = range.max_visible_keys(group_row, group_row + kWgmmaM);
-  const int group_tiles = ceil_div(group_key_end, Config::kBlockN);
 
-  // This warp's row of the mask and of the excesses; a word is written when its first tile is done.
-  const BlockMaskShape& mask_shape = block.mask_shape;
-  const int mask_row = warp_row / kMaskRows;
-  const bool is_mask_row_there = mask_row < mask_shape.num_row_groups;
-  const int64_t head_index = batch * problem.num_heads + head;
-  uint32_t* g_mask =
-      params.pass.block_mask + head_index * mask_shape.row_words() + int64_t(mask_row) * mask_shape.key_words();
-  uint16_t* g_excess =
-      params.pass.tile_excess + (head_index * mask_shape.num_row_groups + mask_row) * mask_shape.num_key_tiles;
-  const int last_word = mask_word(num_tiles * Config::kMaskTiles - 1);
+  // A word of the mask is written when its first tile is done.
+  const int key_words = rows.block.mask_shape.key_words();
   uint32_t mask_bits = 0;
   const auto store_mask_word = [&](int word) {
-    if (lane == 0 && is_mask_row_there && word < mask_shape.key_words()) g_mask[word] = mask_bits;
+    if (lane == 0 && rows.is_mask_row_there && word < key_words) rows.g_mask[word] = mask_bits;
     mask_bits = 0;
   };
-  for (int word = mask_shape.key_words() - 1; word > last_word; --word) store_mask_word(word);
+  for (int word = key_words - 1; word >= rows.end_word(); --word) store_mask_word(word);
+  const auto mark = [&](int mask_tile, uint16_t excess) {
+    mask_bits |= mask_bit(mask_tile);
+    if (lane == 0 && rows.is_mask_row_there) rows.g_excess[mask_tile] = excess;
+  };
+  int num_full_tiles = 0;  // the last ones that had hits in all their mask tiles
 
-  for (int tile = num_tiles - 1; tile >= 0; --tile) {
+  for (int tile = rows.num_tiles - 1; tile >= 0; --tile) {
     const int key_begin = tile * Config::kBlockN;
     const int step = group_tiles - 1 - tile;  // tiles that this warpgroup has seen before
 
@@ -453,7 +589,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
     if (lane == 0) smem.ring.release(stage);
 
     // Phase 3, tiles at an edge only: keys that a row does not see score -inf.
-    if (key_begin + Config::kBlockN > unmasked_end) {
+    if (key_begin + Config::kBlockN > rows.unmasked_end) {
 #pragma unroll
       for (int i = 0; i < Config::kBlockN / 2; ++i) {
         const int col = key_begin + i / 4 * 8 + accumulator_col(lane, i % 2);
@@ -463,87 +599,108 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
           score);  // NOTE: or ptxas copies scores into other registers in all tiles, to have them there in these
     }
 
-    // Phase 4: the rows' maxima over this lane's columns of each mask tile, as integers (see larger()).
-    int most[Config::kMaskTiles][Config::kRowsPerLane];
-    bool has_hit[Config::kMaskTiles];
+    // Phase 4, where tile after tile has hits: their sums first, which tell what else there is to know, too.
+    bool is_added = false;
+    if constexpr (kKind == AlphaKind::kOneAndHalf) {
+      if (num_full_tiles >= kManyFullTiles) {
+        float excess;
+        is_added = bounds.add_full(score, snapshot_of(step), excess);
+        if (is_added) {
 #pragma unroll
-    for (int half = 0; half < Config::kMaskTiles; ++half) {
-#pragma unroll
-      for (int r = 0; r < Config::kRowsPerLane; ++r) {
-        const int first = half * kMaskKeys / 2 + 2 * r;
-        most[half][r] = larger(__float_as_int(score[first]), __float_as_int(score[first + 1]));
-#pragma unroll
-        for (int n = 1; n < kMaskKeys / 8; ++n) {
-          most[half][r] = larger(larger(most[half][r], __float_as_int(score[first + 4 * n])),
-                                 __float_as_int(score[first + 4 * n + 1]));
-        }
-      }
-      has_hit[half] = bounds.may_be_hit(0, most[half][0]) || bounds.may_be_hit(1, most[half][1]);
-    }
-
-    // Phase 5: hits join the sums, and their mask tiles are live.
-    if (__any_sync(kAllLanes, has_hit[0] || has_hit[1])) {
-      TileMaxima<kHeadDim> tile_max;
-#pragma unroll
-      for (int half = 0; half < Config::kMaskTiles; ++half) {
-#pragma unroll
-        for (int r = 0; r < Config::kRowsPerLane; ++r) tile_max[half][r] = __int_as_float(most[half][r]);
-      }
-      const bool is_any_negative = bounds.bits_bound[0] == INT_MIN || bounds.bits_bound[1] == INT_MIN;
-      if (__any_sync(kAllLanes, is_any_negative)) {  // the integers do not tell
-#pragma unroll
-        for (int half = 0; half < Config::kMaskTiles; ++half) {
-#pragma unroll
-          for (int r = 0; r < Config::kRowsPerLane; ++r) {
-            const int first = half * kMaskKeys / 2 + 2 * r;
-            tile_max[half][r] = ptx::max_nan(score[first], score[first + 1]);
-#pragma unroll
-            for (int n = 1; n < kMaskKeys / 8; ++n) {
-              tile_max[half][r] =
-                  ptx::max_nan(ptx::max_nan(tile_max[half][r], score[first + 4 * n]), score[first + 4 * n + 1]);
-            }
+          for (int half = 0; half < Config::kMaskTiles; ++half) {
+            mark(tile * Config::kMaskTiles + half, encode_excess(excess));
           }
-          has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
+        } else {
+          num_full_tiles = 0;
         }
       }
-      bool jumps = false;
+    }
+    if (!is_added) {
+      // Phase 5: the rows' maxima over this lane's columns of each mask tile, as integers (see larger()).
+      int most[Config::kMaskTiles][Config::kRowsPerLane];
+      bool has_hit[Config::kMaskTiles];
 #pragma unroll
       for (int half = 0; half < Config::kMaskTiles; ++half) {
 #pragma unroll
         for (int r = 0; r < Config::kRowsPerLane; ++r) {
-          jumps |= !(tile_max[half][r] * bounds.to_z - 1.0f <= bounds.point[r]);
+          const int first = half * kMaskKeys / 2 + 2 * r;
+          most[half][r] = larger(__float_as_int(score[first]), __float_as_int(score[first + 1]));
+#pragma unroll
+          for (int n = 1; n < kMaskKeys / 8; ++n) {
+            most[half][r] = larger(larger(most[half][r], __float_as_int(score[first + 4 * n])),
+                                   __float_as_int(score[first + 4 * n + 1]));
+          }
         }
+        has_hit[half] = bounds.may_be_hit(0, most[half][0]) || bounds.may_be_hit(1, most[half][1]);
       }
-      if (__any_sync(kAllLanes, jumps)) {
-        bounds.settle(score, tile_max, step + 1);
+
+      // Phase 6: hits join the sums, and their mask tiles are live.
+      if (__any_sync(kAllLanes, has_hit[0] || has_hit[1])) {
+        TileMaxima<kHeadDim> tile_max;
 #pragma unroll
         for (int half = 0; half < Config::kMaskTiles; ++half) {
-          has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
-        }
-      }
-      if (step == 0) bounds.take_snapshot(0);
-      // One excess for both mask tiles: a tile that was marked with its neighbour's leaves the mask later than it
-      // could.
-      const float row_maxima[] = {fmaxf(tile_max[0][0], tile_max[1][0]), fmaxf(tile_max[0][1], tile_max[1][1])};
-      const uint16_t excess = encode_excess(bounds.excess(snapshot_of(step), row_maxima));
 #pragma unroll
-      for (int half = 0; half < Config::kMaskTiles; ++half) {
-        if (!__any_sync(kAllLanes, has_hit[half])) continue;
-        const int mask_tile = tile * Config::kMaskTiles + half;
-        mask_bits |= mask_bit(mask_tile);
-        if (lane == 0 && is_mask_row_there) g_excess[mask_tile] = excess;
-        if (half == 0) {
-          bounds.template add<0, kMaskKeys>(bounds.sums, score);
-        } else {
-          bounds.template add<kMaskKeys, Config::kBlockN>(bounds.sums, score);
+          for (int r = 0; r < Config::kRowsPerLane; ++r) tile_max[half][r] = __int_as_float(most[half][r]);
         }
+        const bool is_any_negative = bounds.bits_bound[0] == INT_MIN || bounds.bits_bound[1] == INT_MIN;
+        if (__any_sync(kAllLanes, is_any_negative)) {  // the integers do not tell
+#pragma unroll
+          for (int half = 0; half < Config::kMaskTiles; ++half) {
+#pragma unroll
+            for (int r = 0; r < Config::kRowsPerLane; ++r) {
+              const int first = half * kMaskKeys / 2 + 2 * r;
+              tile_max[half][r] = ptx::max_nan(score[first], score[first + 1]);
+#pragma unroll
+              for (int n = 1; n < kMaskKeys / 8; ++n) {
+                tile_max[half][r] =
+                    ptx::max_nan(ptx::max_nan(tile_max[half][r], score[first + 4 * n]), score[first + 4 * n + 1]);
+              }
+            }
+            has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
+          }
+        }
+        bool jumps = false;
+#pragma unroll
+        for (int half = 0; half < Config::kMaskTiles; ++half) {
+#pragma unroll
+          for (int r = 0; r < Config::kRowsPerLane; ++r) {
+            jumps |= !(tile_max[half][r] * bounds.to_z - 1.0f <= bounds.point[r]);
+          }
+        }
+        if (__any_sync(kAllLanes, jumps)) {
+          bounds.settle(score, tile_max, step + 1);
+#pragma unroll
+          for (int half = 0; half < Config::kMaskTiles; ++half) {
+            has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
+          }
+        }
+        if (step == 0) bounds.take_snapshot(0);
+        // One excess for both mask tiles: a tile that was marked with its neighbour's leaves the mask later than it
+        // could.
+        const float row_maxima[] = {fmaxf(tile_max[0][0], tile_max[1][0]), fmaxf(tile_max[0][1], tile_max[1][1])};
+        const uint16_t excess = encode_excess(bounds.excess(snapshot_of(step), row_maxima));
+        ++num_full_tiles;
+#pragma unroll
+        for (int half = 0; half < Config::kMaskTiles; ++half) {
+          if (!__any_sync(kAllLanes, has_hit[half])) {
+            num_full_tiles = 0;
+            continue;
+          }
+          mark(tile * Config::kMaskTiles + half, excess);
+          if (half == 0) {
+            bounds.template add<0, kMaskKeys>(bounds.sums, score);
+          } else {
+            bounds.template add<kMaskKeys, Config::kBlockN>(bounds.sums, score);
+          }
+        }
+      } else {
+        num_full_tiles = 0;
+        if (step == 0) bounds.take_snapshot(0);
       }
-    } else if (step == 0) {
-      bounds.take_snapshot(0);
     }
     if (tile % (32 / Config::kMaskTiles) == 0) store_mask_word(mask_word(tile * Config::kMaskTiles));
 
-    // Phase 6, after 1, 2, 4, 8, ... tiles: better bounds.
+    // Phase 7, after 1, 2, 4, 8, ... tiles: better bounds.
     if (((step + 1) & step) == 0 && tile > 0) {
       const float growth = static_cast<float>(group_tiles) / static_cast<float>(step + 1);
       bounds.solve(step + 1, fminf(growth, kLargestGrowth));
@@ -551,52 +708,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
     }
   }
 
-  // Phase 7: the result.
-  const float start[] = {bounds.finish(0, group_tiles), bounds.finish(1, group_tiles)};
-#pragma unroll
-  for (int r = 0; r < Config::kRowsPerLane; ++r) {
-    const int row = warp_row + bounds.row_in_warp(lane, r);
-    if (lane % 4 != 0 || row >= range.num_queries) continue;
-    const int64_t index = row_index(problem, batch, head, row);
-    const float threshold = bounds.threshold[r];
-    const bool has_keys = visible[r] > 0 && threshold != -INFINITY;
-    params.pass.tau_lower[index] = !has_keys              ? INFINITY
-                                   : threshold < INFINITY ? round_below(threshold * bounds.to_z)
-                                                          : NAN;
-    params.pass.is_coarse[index] = has_keys && threshold < INFINITY ? encode_start(start[r]) : uint8_t(0);
-  }
-  if (!is_mask_row_there) return;
-
-  // Phase 8: tiles whose scores have all fallen below the final thresholds leave the mask. Lane l keeps the rises since
-  // snapshot l, then looks at tile l of each word.
-  const int num_snapshots = group_tiles > 0 ? snapshot_of(group_tiles - 1) + 1 : 0;
-  float rise_since = 0.0f;
-  for (int index = 0; index < num_snapshots; ++index) {
-    const float rise = bounds.rise(index);
-    if (lane == index) rise_since = rise;
-  }
-  __syncwarp();
-  constexpr int kBatch = 4;  // words in flight
-  const int num_words = last_word + 1 < mask_shape.key_words() ? last_word + 1 : mask_shape.key_words();
-  for (int first_word = 0; first_word < num_words; first_word += kBatch) {
-    uint32_t marked[kBatch];
-    uint16_t excess[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) marked[i] = first_word + i < num_words ? g_mask[first_word + i] : 0;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      excess[i] = (marked[i] & mask_bit(lane)) != 0 ? g_excess[(first_word + i) * 32 + lane] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first_word + i >= num_words) break;
-      const bool is_marked = (marked[i] & mask_bit(lane)) != 0;
-      const int steps_before = group_tiles - 1 - ((first_word + i) * 32 + lane) / Config::kMaskTiles;
-      const float rise = __shfl_sync(kAllLanes, rise_since, is_marked ? snapshot_of(steps_before) : 0);
-      const uint32_t live = __ballot_sync(kAllLanes, is_marked && decode_excess(excess[i]) >= rise);
-      if (lane == 0) g_mask[first_word + i] = live;
-    }
-  }
+  store_rows(params.pass, taken, bounds);
 }
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
@@ -618,7 +730,7 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, 1)
     ItemSlots<1>::Position item;
     RingPosition<Config::kStages> at;
     for (BlockAt taken; (taken = smem.slot.wait(item)).x != smem.slot.kNone; item.advance()) {
-      scan_rows<Element, kHeadDim, kKind>(params, smem, {params.pass.problem, taken}, item, at);
+      scan_rows<Element, kHeadDim, kKind>(params, smem, taken, item, at);
     }
   }
 }

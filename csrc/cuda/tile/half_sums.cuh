@@ -25,6 +25,17 @@ class HalfSums {
     weight_ = __hadd2(weight_, gaps);
   }
 
+  __device__ __forceinline__ void add(const HalfSums& other) {
+    prob_ = __hadd2(prob_, other.prob_);
+    weight_ = __hadd2(weight_, other.weight_);
+  }
+
+  // A gap of 2^-25 and more, or a NaN.
+  __device__ __forceinline__ bool has_gap() const {
+    uint32_t bits;
+    memcpy(&bits, &weight_, sizeof bits);
+    return bits != 0;
+  }
   __device__ __forceinline__ float prob() const { return sum(prob_); }
   __device__ __forceinline__ float weight() const { return sum(weight_); }
 
