@@ -274,3 +274,75 @@ def assert_most_work_first(order: Tensor, work: Tensor) -> None:
     level = 2 * (exponent - 1) + (mantissa >= 0.75)
     assert level.unique().numel() > 3, "the blocks do not differ"
     assert torch.equal(order, torch.sort(level, descending=True, stable=True).indices)
+
+
+SCAN_ROWS, SCAN_KEYS = 192, 128  # a block of sm90's scan, and a tile
+
+
+def scan_macs(num_queries: int, num_keys: int, head_dim: int) -> int:
+    """Of sm90's scan of one head without a mask: every tile once."""
+    groups = -(-num_queries // 64)
+    return groups * 64 * -(-num_keys // SCAN_KEYS) * SCAN_KEYS * head_dim
+
+
+def live_macs(mask: Tensor, head_dim: int) -> int:
+    """Of one product over the live tiles of 64 rows and 64 keys."""
+    return blocks(mask, 4).sum().item() * 64 * 64 * head_dim
+
+
+@only_sm90
+@on_both_paths
+@pytest.mark.parametrize("factor", [0.3, 0.1, 0.002])
+def test_out_alone_starts_from_the_estimate(factor):
+    """Supports of a hundred keys and more: no refinement, one product for the scores and two by the values."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 192, 3000), BF16)
+    tensors = [t.to(library.device()) for t in (query * factor, key, value)]
+    run = library.forward(library.build(), *tensors, out_alone=True)
+    assert not run.is_coarse.any(), "the estimate served all rows"
+    if not library.has_gpu():
+        macs = scan_macs(192, 3000, 64) + 3 * live_macs(run.scan_mask, 64)
+        assert run.counters["wgmma_macs"] == macs
+    assert_out_is_near(run, query * factor, key, value)
+
+
+@only_sm90
+@on_both_paths
+def test_out_alone_refines_small_supports():
+    """A few keys tell little of where tau is: those rows are not even tried."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 192, 1500), BF16)
+    tensors = [t.to(library.device()) for t in (query * 8, key, value)]
+    run = library.forward(library.build(), *tensors, out_alone=True)
+    assert run.is_coarse.all()
+    if not library.has_gpu():
+        tried = run.counters["wgmma_macs"] - scan_macs(192, 1500, 64)
+        assert tried in [(passes + 2) * live_macs(run.scan_mask, 64) for passes in (1, 2)]
+    assert_out_is_near(run, query * 8, key, value)
+
+
+@only_sm90
+@on_both_paths
+def test_out_alone_does_misses_again():
+    """The keys that come last in the walk weigh more than those before them suggest: some rows miss, and are refined."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 256, 3000), BF16)
+    key[:, :, :500, :32] *= 1.6
+    query[:, :, :128, 32:] = 0
+    query[:, :, 128:, :32] = 0  # to these rows they do not
+    query *= 0.5
+    tensors = [t.to(library.device()) for t in (query, key, value)]
+    run = library.forward(library.build(), *tensors, out_alone=True)
+    left = run.is_coarse[0, 0].unflatten(0, (4, 64)).float().mean(-1).cpu()  # by consumers
+    assert (left[:2] > 0).all() and (left[2:] == 0).all()
+    if not library.has_gpu():
+        mask = run.scan_mask.unflatten(2, (2, 8))
+        tried, again = 3 * live_macs(run.scan_mask, 64), live_macs(mask[:, :, 0], 64)
+        done = run.counters["wgmma_macs"] - scan_macs(256, 3000, 64) - tried
+        assert done in [(passes + 2) * again for passes in (1, 2)], "the first 128 rows alone are refined"
+    assert_out_is_near(run, query, key, value)
+
+
+def assert_out_is_near(run: library.Run, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """To a rounding of out and what the estimate may miss, about as much; by the norms of rows."""
+    tensors = (t.double() for t in (query, key, value))
+    exact = reference.entmax_attention(*tensors, alpha=1.5)
+    error = (run.out.cpu().double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.max() <= 2**-8, f"{error.max():.4f} in row {error.argmax()}"

@@ -107,6 +107,7 @@ void test_tail() {
   check(norm_tail(twenty, 1000) == NormTail::kShort, "20 keys of 1000");
   check(norm_tail(thirty, 1000) == NormTail::kLong, "30 keys of 1000");
   check(norm_tail(thirty, 400) == NormTail::kShort, "30 keys of 400");
+  check(norm_tail(thirty, 60) == NormTail::kNone, "30 keys of 60");
 }
 
 void test_nothing() {
@@ -136,6 +137,7 @@ int main() {
     test_parts<AlphaKind::kTwo>(2.0, seed);
     test_parts<AlphaKind::kGeneral>(1.25, seed);
   }
+  test_estimate(NormTail::kNone);
   test_estimate(NormTail::kShort);
   test_estimate(NormTail::kLong);
   test_tail();

@@ -90,6 +90,10 @@ struct OutputBlock {
   static constexpr int kSums = kHeadDim / 2;
   static constexpr bool kHasWeights = kOutput != OutputKind::kRest;
   static_assert(kOutput == OutputKind::kAll || kKind == AlphaKind::kOneAndHalf, "the last step takes A_w and a count");
+  // In an item's x: above the block, a bit for each consumer that is served.
+  static constexpr int kServedShift = 24;
+  static_assert(kMaxKeys / Config::kBlockM < int64_t(1) << kServedShift, "a block's index and the bits above it");
+  static_assert(kConsumers < 32 - kServedShift, "no item looks like ItemSlots::kNone");
   // Beside the products of the tile before, where weights cost little enough to be computed twice.
   static constexpr bool kSumsBesideProducts = kKind != AlphaKind::kGeneral;
 
@@ -114,12 +118,20 @@ struct OutputBlock {
     ptx::fence_mbarrier_init();
   }
 
-  // All lanes of the producer warp.
-  __device__ __forceinline__ bool has_work(const Rows& rows) const {
-    if constexpr (kOutput == OutputKind::kAll) return true;
-    constexpr float kMostMisses = 0.5f;  // a block with one is done again, by way of a refinement
-    const auto doubt = rows.doubt(problem, params.pass.is_coarse);
-    return kOutput == OutputKind::kRest ? doubt.is_coarse : doubt.num_misses < kMostMisses;
+  // A bit for each consumer whose rows are for this kernel to serve. All lanes of the producer warp.
+  __device__ __forceinline__ uint32_t served_consumers(const Rows& rows) const {
+    uint32_t served = 0;
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+      bool is_served = true;
+      if constexpr (kOutput != OutputKind::kAll) {
+        constexpr float kMostMisses = 0.25f;  // one, and the rows are done again, by way of a refinement
+        const auto doubt =
+            rows.doubt(problem, params.pass.is_coarse, rows.row_begin + consumer * kRowsPerConsumer, kRowsPerConsumer);
+        is_served = kOutput == OutputKind::kRest ? doubt.is_coarse : doubt.num_misses < kMostMisses;
+      }
+      served |= uint32_t(is_served) << consumer;
+    }
+    return served;
   }
 
   // The producer warp.
@@ -128,15 +140,19 @@ struct OutputBlock {
     typename Tiles::Position position;
     for_each_taken_item(params.queue, [&](BlockAt block) {
       const Rows rows(problem, block);
-      if (!has_work(rows)) return;
+      const uint32_t served = served_consumers(rows);
+      if (served == 0) return;
       if (lane_id() == 0) {
-        const uint32_t query_full = slot.fill(item, block, QueryTile::kBytes);
+        const BlockAt block_and_served{block.x | served << kServedShift, block.y_and_z};
+        const uint32_t query_full = slot.fill(item, block_and_served, QueryTile::kBytes);
         QueryTile::load(s_smem + Smem::kQuery, &params.query, query_full, rows.row_begin, rows.head, rows.batch);
       }
       item.advance();
       for_each_live_key_tile<kConsumers>(params.pass.scan_mask + rows.mask_row(problem, rows.row_begin),
                                          rows.num_row_groups(), rows.mask_shape.key_words(), rows.num_key_tiles(),
                                          [&](int tile, uint32_t live) {
+                                           live &= served;
+                                           if (live == 0) return;
                                            tiles.load_keys_and_values(position, tile, live, &params.key, &params.value,
                                                                       rows.kv_head, rows.batch, rows.range);
                                            position.advance();
@@ -152,13 +168,16 @@ struct OutputBlock {
     ItemSlots<1>::Position item;
     typename Tiles::Position position;
     for (BlockAt block; (block = slot.wait(item)).x != slot.kNone; item.advance()) {
-      consume(consumer, Rows(problem, block), item, position);
+      const bool is_served = (block.x >> (kServedShift + consumer) & 1u) != 0;
+      block.x &= (1u << kServedShift) - 1;
+      consume(consumer, Rows(problem, block), is_served, item, position);
     }
     if (lane_id() == 0) ptx::tma_store_wait_read<0>();
   }
 
   // A consumer's part of an item.
-  __device__ __forceinline__ void consume(int consumer, const Rows& block, const ItemSlots<1>::Position& item,
+  __device__ __forceinline__ void consume(int consumer, const Rows& block, bool is_served,
+                                          const ItemSlots<1>::Position& item,
                                           typename Tiles::Position& position) const {
     const WorkRange& range = block.range;
     const int batch = block.batch, head = block.head, row_begin = block.row_begin;
@@ -188,7 +207,7 @@ struct OutputBlock {
     // Phase 2: the sums over the live tiles, and which of them are live at tau. The scores of a tile are computed
     // while the values of the one before it are still being added.
     uint32_t* g_mask = params.pass.block_mask + block.mask_row(problem, warp_row);
-    const bool writes_mask = lane == 0 && warp_row < num_queries;
+    const bool writes_mask = lane == 0 && warp_row < num_queries && is_served;
     uint32_t mask_bits = 0;
     int word = 0;
     const auto finish_words_before = [&](int end) {
@@ -293,6 +312,7 @@ struct OutputBlock {
     }
     if constexpr (!Config::kQueryInRegisters) slot.release(item);
     finish_words_before(block.mask_shape.key_words());
+    if (kOutput != OutputKind::kAll && !is_served) return;
 
     // Phase 3: the last step for tau, and its fold into the output.
     const auto fold_out = [&](int half, float prob_scale, float weight_scale) {

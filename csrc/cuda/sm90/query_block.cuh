@@ -36,16 +36,18 @@ struct QueryBlock {
   __device__ __forceinline__ int num_row_groups() const {
     return min(kBlockM / kMaskRows, mask_shape.num_row_groups - row_begin / kMaskRows);
   }
-  // Is a row of it coarse, and of how many rows is the estimate of tau expected to miss? All lanes of a warp.
+  // Is a row of [begin, begin + num_rows) coarse, and of how many is the estimate of tau expected to miss? All lanes of
+  // a warp.
   struct Doubt {
     bool is_coarse;
     float num_misses;
   };
-  __device__ __forceinline__ Doubt doubt(const AttentionProblem& problem, const uint8_t* is_coarse) const {
+  __device__ __forceinline__ Doubt doubt(const AttentionProblem& problem, const uint8_t* is_coarse, int begin,
+                                         int num_rows) const {
     const uint8_t* g_codes = is_coarse + row_index(problem, batch, head, 0);
     uint32_t any = 0;
     float num_misses = 0.0f;
-    for (int row = row_begin + lane_id(); row < min(row_begin + kBlockM, range.num_queries); row += kWarpSize) {
+    for (int row = begin + lane_id(); row < min(begin + num_rows, range.num_queries); row += kWarpSize) {
       any |= g_codes[row];
       num_misses += decode_doubt(g_codes[row]);
     }

@@ -152,7 +152,8 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     const LeftOperand<QueryTile, true> query(s_smem + Smem::kQuery + consumer * QueryTile::kBytes, 0);
 
     typename Tiles::Position position;
-    bool goes_on = true, is_refined = true;
+    const auto doubt = Rows::doubt(problem, params.is_coarse, consumer_row, kRowsPerConsumer);
+    bool goes_on = true, is_refined = doubt.is_coarse;
     for (int pass = 0; goes_on && pass < kMaxRefinements; ++pass) {
       rows.clear_sums();
       int stage;
@@ -202,7 +203,8 @@ __global__ void __launch_bounds__(RefineConfig<kHeadDim>::kThreads, RefineConfig
     refine_kernel(const __grid_constant__ RefineParams params) {
   using Config = RefineConfig<kHeadDim>;
   const RefineBlock<Element, kHeadDim, kKind> block(params);
-  if (!block.doubt(params.problem, params.is_coarse).is_coarse) return block.copy();  // the same in all warps
+  const auto doubt = block.doubt(params.problem, params.is_coarse, block.row_begin, Config::kBlockM);
+  if (!doubt.is_coarse) return block.copy();  // the same in all warps
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warpgroup_id() == 0) {

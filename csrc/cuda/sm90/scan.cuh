@@ -239,18 +239,24 @@ struct RowBounds {
       }
       is_full &= __any_sync(kAllLanes, part[0].has_gap() || part[1].has_gap()) != 0;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) total[r].add(part[r]);
+      for (int r = 0; r < kRows; ++r) {
+        if (half == 0) {
+          total[r] = part[r];
+        } else {
+          total[r].add(part[r]);
+        }
+      }
     }
     const float prob[kRows] = {total[0].prob(), total[1].prob()};
     if (!is_full || !__all_sync(kAllLanes, prob[0] <= 1.0f && prob[1] <= 1.0f)) return false;
     float most = 0.0f;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      const float weight = total[r].weight();
       sums[r].prob += prob[r];
-      sums[r].weight += total[r].weight();
-      // The largest gap is at most the root of the sum of all squares, here of half precision: see row_line().
-      const float point_excess = point[r] - threshold_then(snapshot, r) * to_z;
-      most = fmaxf(most, point_excess + square_root(prob[r]) * (1.0f + 0x1p-7f) + 0x1p-12f);
+      sums[r].weight += weight;
+      // No gap is larger than the sum of all, which is of half precision: see row_line().
+      most = fmaxf(most, point[r] - threshold_then(snapshot, r) * to_z + weight * (1.0f + 0x1p-7f));
     }
     largest_excess = warp_max_of_positive(most);
     return true;
@@ -269,10 +275,11 @@ struct RowBounds {
     return line;
   }
 
-  // Rows whose window (max - 1, max] has jumped above their point, or that see their first keys, start again from this
-  // tile, of whose keys tau is found by Newton's method. Its sums are not added yet. The whole warp.
+  // Rows whose window (max - 1, max] has jumped above their point, or that see their first keys, or have seen few
+  // before, start again from this tile, of whose keys tau is found by Newton's method. Its sums are not added yet. The
+  // whole warp.
   __device__ __forceinline__ void settle(const ScoreTile<kHeadDim>& score, const TileMaxima<kHeadDim>& tile_max,
-                                         int num_tiles) {
+                                         const bool (&saw_few)[kRows], int num_tiles) {
     constexpr int kSteps = 3;
     const TailSums likely_before[kRows] = {likely(0), likely(1)};
     const float point_before[kRows] = {point[0], point[1]};
@@ -282,7 +289,7 @@ struct RowBounds {
       const float lane_max = ptx::max_nan(tile_max[0][r], tile_max[1][r]);
       const float row_max = quad_max(lane_max < INFINITY ? lane_max : INFINITY);
       const float window = row_max * to_z - 1.0f;
-      starts[r] = row_max < INFINITY && window > point[r];
+      starts[r] = row_max < INFINITY && row_max > -INFINITY && (window > point[r] || saw_few[r]);
       if (row_max == INFINITY) close(r);
       if (starts[r]) {
         move_certain(r, window);
@@ -311,10 +318,10 @@ struct RowBounds {
 
   // Raises the thresholds by what the sums say; the points move to where tau should be once there are `growth` times as
   // many keys. The whole warp.
-  __device__ __forceinline__ void solve(int num_tiles, float growth) {
-    const float target = 1.0f / entmax.norm(growth);
+  __device__ __forceinline__ void solve(int num_tiles, const float (&growth)[kRows]) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      const float target = 1.0f / entmax.norm(growth[r]);
       const NormLine line = row_line(sums[r], num_tiles);
       const NormTail row_tail = tail(of_row(likely(r)), num_tiles);
       if (!(line.height > 0.0f && line.slope > 0.0f)) continue;
@@ -417,106 +424,10 @@ __device__ __forceinline__ void produce_keys(const ScanWithMaps& params, const S
   if (lane_id() == 0) smem.slot.close(item);
 }
 
-// The 16 rows of a consumer's warp in an item: which keys they see, and where what they leave goes.
-template <int kHeadDim>
-struct WarpRows {
-  using Config = ScanConfig<kHeadDim>;
-  QueryBlock<Config::kBlockM> block;
-  int warp_row;
-  int visible[Config::kRowsPerLane];  // keys that the lane's rows see
-  int unmasked_end;            // of keys that all rows see which see any: others take no hits whatever they score
-  int num_tiles, group_tiles;  // of the block and of the warpgroup
-  bool is_mask_row_there;
-  uint32_t* g_mask;    // their row of the mask
-  uint16_t* g_excess;  // and of the excesses
-
-  __device__ __forceinline__ WarpRows(const ScanParams& pass, BlockAt taken) : block(pass.problem, taken) {
-    const WorkRange& range = block.range;
-    const int warp = warp_id() - kWarpgroupWarps;
-    warp_row = block.row_begin + warp * Config::kRowsPerWarp;
-#pragma unroll
-    for (int r = 0; r < Config::kRowsPerLane; ++r) {
-      visible[r] = range.num_visible_keys(warp_row + accumulator_row(lane_id(), r));
-    }
-    unmasked_end = range.num_visible_keys(larger(warp_row, range.first_row_of(0)));
-    const int group_row = block.row_begin + warp / kWarpgroupWarps * kWgmmaM;
-    num_tiles = Config::num_tiles(block);
-    group_tiles = ceil_div(range.max_visible_keys(group_row, group_row + kWgmmaM), Config::kBlockN);
-
-    const BlockMaskShape& shape = block.mask_shape;
-    const int64_t head_index = block.batch * pass.problem.num_heads + block.head;
-    is_mask_row_there = warp_row / kMaskRows < shape.num_row_groups;
-    g_mask = pass.block_mask + block.mask_row(pass.problem, warp_row);
-    g_excess = pass.tile_excess + (head_index * shape.num_row_groups + warp_row / kMaskRows) * shape.num_key_tiles;
-  }
-
-  // The words of the mask from this one on have no tiles of the block.
-  __device__ __forceinline__ int end_word() const {
-    return min(mask_word(num_tiles * Config::kMaskTiles - 1) + 1, block.mask_shape.key_words());
-  }
-};
-
-// Phases 8 and 9 of an item, as the warp's bounds are after its last tile.
-template <typename Element, int kHeadDim, AlphaKind kKind>
-__device__ __forceinline__ void store_rows(const ScanParams& pass, BlockAt taken,
-                                           RowBounds<Element, kHeadDim, kKind>& bounds) {
-  using Config = ScanConfig<kHeadDim>;
-  // NOTE: by way of shuffles, or all of this would be taken from what the loop over the tiles began with, and be in
-  // registers meanwhile.
-  const WarpRows<kHeadDim> rows(pass, {__shfl_sync(kAllLanes, taken.x, 0), __shfl_sync(kAllLanes, taken.y_and_z, 0)});
-  const int lane = lane_id(), group_tiles = rows.group_tiles;
-
-  // Phase 8: the result.
-  const TauEstimate estimates[] = {bounds.finish(0, group_tiles), bounds.finish(1, group_tiles)};
-#pragma unroll
-  for (int r = 0; r < Config::kRowsPerLane; ++r) {
-    const int row = rows.warp_row + bounds.row_in_warp(lane, r);
-    if (lane % 4 != 0 || row >= rows.block.range.num_queries) continue;
-    const int64_t index = row_index(pass.problem, rows.block.batch, rows.block.head, row);
-    const float threshold = bounds.threshold[r];
-    const bool has_keys = rows.visible[r] > 0 && threshold != -INFINITY, has_tau = has_keys && threshold < INFINITY;
-    const float no_tau = has_keys ? NAN : INFINITY;
-    pass.tau_lower[index] = has_tau ? round_below(threshold * bounds.to_z) : no_tau;
-    pass.tau_start[index] = has_tau ? estimates[r].tau : no_tau;
-    pass.is_coarse[index] = has_tau ? encode_doubt(estimates[r].chance_to_miss) : uint8_t(0);
-  }
-  if (!rows.is_mask_row_there) return;
-
-  // Phase 9: tiles whose scores have all fallen below the final thresholds leave the mask. Lane l keeps the rises since
-  // snapshot l, then looks at tile l of each word.
-  const int num_snapshots = group_tiles > 0 ? snapshot_of(group_tiles - 1) + 1 : 0;
-  float rise_since = 0.0f;
-  for (int index = 0; index < num_snapshots; ++index) {
-    const float rise = bounds.rise(index);
-    if (lane == index) rise_since = rise;
-  }
-  __syncwarp();
-  constexpr int kBatch = 4;  // words in flight
-  const int num_words = rows.end_word();
-  for (int first_word = 0; first_word < num_words; first_word += kBatch) {
-    uint32_t marked[kBatch];
-    uint16_t excess[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) marked[i] = first_word + i < num_words ? rows.g_mask[first_word + i] : 0;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      excess[i] = (marked[i] & mask_bit(lane)) != 0 ? rows.g_excess[(first_word + i) * 32 + lane] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first_word + i >= num_words) break;
-      const bool is_marked = (marked[i] & mask_bit(lane)) != 0;
-      const int steps_before = group_tiles - 1 - ((first_word + i) * 32 + lane) / Config::kMaskTiles;
-      const float rise = __shfl_sync(kAllLanes, rise_since, is_marked ? snapshot_of(steps_before) : 0);
-      const uint32_t live = __ballot_sync(kAllLanes, is_marked && decode_excess(excess[i]) >= rise);
-      if (lane == 0) rows.g_mask[first_word + i] = live;
-    }
-  }
-}
-
 // A consumer's part of an item.
 template <typename Element, int kHeadDim, AlphaKind kKind>
-__device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const ScanSmem<kHeadDim>& smem, BlockAt taken,
+__device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const ScanSmem<kHeadDim>& smem,
+                                          const QueryBlock<ScanConfig<kHeadDim>::kBlockM>& block,
                                           const ItemSlots<1>::Position& item,
                                           RingPosition<ScanConfig<kHeadDim>::kStages>& at) {
   using Config = ScanConfig<kHeadDim>;
@@ -525,44 +436,58 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
   constexpr float kLargestGrowth = 4.0f;
   constexpr int kManyFullTiles = 6;
   const AttentionProblem& problem = params.pass.problem;
-  const WarpRows<kHeadDim> rows(params.pass, taken);
-  // NOTE: the shuffle keeps what follows from it from being computed once for all items, in registers over the loops.
-  const int warp = __shfl_sync(kAllLanes, warp_id(), 0) - kWarpgroupWarps, lane = lane_id();
-  const int group_tiles = rows.group_tiles;
-  const int visible[] = {rows.visible[0], rows.visible[1]};
+  const WorkRange& range = block.range;
+  const int batch = block.batch, head = block.head, num_tiles = Config::num_tiles(block);
+  const int consumer = warpgroup_id() - 1, warp = warp_id() - kWarpgroupWarps, lane = lane_id();
+  const int group_row = block.row_begin + consumer * kWgmmaM;
+  const int warp_row = block.row_begin + warp * Config::kRowsPerWarp;
 
   // Phase 1: the queries, into registers.
   uint32_t query[kHeadDim / kWgmmaK][4];
 #pragma unroll
   for (int k = 0; k < kHeadDim / kWgmmaK; ++k) {
-    ptx::ldmatrix_x4(query[k], smem.s_query + warp / kWarpgroupWarps * QueryTile::kBytes +
+    ptx::ldmatrix_x4(query[k], smem.s_query + consumer * QueryTile::kBytes +
                                    QueryTile::offset(warp % kWarpgroupWarps * 16 + lane % 16, 2 * k + lane / 16));
   }
   smem.slot.release(item);
 
-  const float alpha = head_alpha<kKind>(problem, rows.block.batch, rows.block.head);
+  const float alpha = head_alpha<kKind>(problem, batch, head);
   RowBounds<Element, kHeadDim, kKind> bounds;
   bounds.init(score_to_z(problem, alpha), alpha);
+  int visible[Config::kRowsPerLane];  // keys that the row sees
 #pragma unroll
   for (int r = 0; r < Config::kRowsPerLane; ++r) {
+    visible[r] = range.num_visible_keys(warp_row + bounds.row_in_warp(lane, r));
     if (visible[r] == 0) bounds.close(r);
   }
+  // Rows without keys take no hits whatever their scores, so only the first row that has some bounds the unmasked part.
+  const int unmasked_end = range.num_visible_keys(larger(warp_row, range.first_row_of(0)));
+  const int group_key_end = range.max_visible_keys(group_row, group_row + kWgmmaM);
+  const int group_tiles = ceil_div(group_key_end, Config::kBlockN);
 
-  // A word of the mask is written when its first tile is done.
-  const int key_words = rows.block.mask_shape.key_words();
+  // This warp's row of the mask and of the excesses; a word is written when its first tile is done.
+  const BlockMaskShape& mask_shape = block.mask_shape;
+  const int mask_row = warp_row / kMaskRows;
+  const bool is_mask_row_there = mask_row < mask_shape.num_row_groups;
+  const int64_t head_index = batch * problem.num_heads + head;
+  uint32_t* g_mask =
+      params.pass.block_mask + head_index * mask_shape.row_words() + int64_t(mask_row) * mask_shape.key_words();
+  uint16_t* g_excess =
+      params.pass.tile_excess + (head_index * mask_shape.num_row_groups + mask_row) * mask_shape.num_key_tiles;
+  const int last_word = mask_word(num_tiles * Config::kMaskTiles - 1);
   uint32_t mask_bits = 0;
   const auto store_mask_word = [&](int word) {
-    if (lane == 0 && rows.is_mask_row_there && word < key_words) rows.g_mask[word] = mask_bits;
+    if (lane == 0 && is_mask_row_there && word < mask_shape.key_words()) g_mask[word] = mask_bits;
     mask_bits = 0;
   };
-  for (int word = key_words - 1; word >= rows.end_word(); --word) store_mask_word(word);
+  for (int word = mask_shape.key_words() - 1; word > last_word; --word) store_mask_word(word);
   const auto mark = [&](int mask_tile, uint16_t excess) {
     mask_bits |= mask_bit(mask_tile);
-    if (lane == 0 && rows.is_mask_row_there) rows.g_excess[mask_tile] = excess;
+    if (lane == 0 && is_mask_row_there) g_excess[mask_tile] = excess;
   };
   int num_full_tiles = 0;  // the last ones that had hits in all their mask tiles
 
-  for (int tile = rows.num_tiles - 1; tile >= 0; --tile) {
+  for (int tile = num_tiles - 1; tile >= 0; --tile) {
     const int key_begin = tile * Config::kBlockN;
     const int step = group_tiles - 1 - tile;  // tiles that this warpgroup has seen before
 
@@ -589,7 +514,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
     if (lane == 0) smem.ring.release(stage);
 
     // Phase 3, tiles at an edge only: keys that a row does not see score -inf.
-    if (key_begin + Config::kBlockN > rows.unmasked_end) {
+    if (key_begin + Config::kBlockN > unmasked_end) {
 #pragma unroll
       for (int i = 0; i < Config::kBlockN / 2; ++i) {
         const int col = key_begin + i / 4 * 8 + accumulator_col(lane, i % 2);
@@ -600,9 +525,11 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
     }
 
     // Phase 4, where tile after tile has hits: their sums first, which tell what else there is to know, too.
+    // NOTE: all lanes agree on these conditions, and ptxas knows it by the votes alone; without it leaves the uniform
+    // registers for good.
     bool is_added = false;
     if constexpr (kKind == AlphaKind::kOneAndHalf) {
-      if (num_full_tiles >= kManyFullTiles) {
+      if (__any_sync(kAllLanes, num_full_tiles >= kManyFullTiles)) {
         float excess;
         is_added = bounds.add_full(score, snapshot_of(step), excess);
         if (is_added) {
@@ -615,7 +542,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
         }
       }
     }
-    if (!is_added) {
+    if (!__any_sync(kAllLanes, is_added)) {
       // Phase 5: the rows' maxima over this lane's columns of each mask tile, as integers (see larger()).
       int most[Config::kMaskTiles][Config::kRowsPerLane];
       bool has_hit[Config::kMaskTiles];
@@ -659,7 +586,16 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
             has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
           }
         }
-        bool jumps = false;
+        // A row's first tile may hold a few of its keys only. What these tell of tau is far off, and their sums and
+        // those of the next tile would have to be moved too far for the estimate.
+        constexpr int kFewKeys = 64;
+        bool saw_few[Config::kRowsPerLane], jumps = false;
+#pragma unroll
+        for (int r = 0; r < Config::kRowsPerLane; ++r) {
+          saw_few[r] =
+              kKind == AlphaKind::kOneAndHalf && step == 1 && visible[r] - (key_begin + Config::kBlockN) < kFewKeys;
+          jumps |= saw_few[r];
+        }
 #pragma unroll
         for (int half = 0; half < Config::kMaskTiles; ++half) {
 #pragma unroll
@@ -668,7 +604,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
           }
         }
         if (__any_sync(kAllLanes, jumps)) {
-          bounds.settle(score, tile_max, step + 1);
+          bounds.settle(score, tile_max, saw_few, step + 1);
 #pragma unroll
           for (int half = 0; half < Config::kMaskTiles; ++half) {
             has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
@@ -702,13 +638,63 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
 
     // Phase 7, after 1, 2, 4, 8, ... tiles: better bounds.
     if (((step + 1) & step) == 0 && tile > 0) {
-      const float growth = static_cast<float>(group_tiles) / static_cast<float>(step + 1);
-      bounds.solve(step + 1, fminf(growth, kLargestGrowth));
+      float growth[Config::kRowsPerLane];
+#pragma unroll
+      for (int r = 0; r < Config::kRowsPerLane; ++r) {
+        const float num_keys = static_cast<float>(visible[r]), num_seen = static_cast<float>(visible[r] - key_begin);
+        growth[r] = num_seen > 0.0f ? fminf(divide(num_keys, num_seen), kLargestGrowth) : kLargestGrowth;
+      }
+      bounds.solve(step + 1, growth);
       bounds.take_snapshot(snapshot_of(step + 1));
     }
   }
 
-  store_rows(params.pass, taken, bounds);
+  // Phase 8: the result.
+  const TauEstimate estimates[] = {bounds.finish(0, group_tiles), bounds.finish(1, group_tiles)};
+#pragma unroll
+  for (int r = 0; r < Config::kRowsPerLane; ++r) {
+    const int row = warp_row + bounds.row_in_warp(lane, r);
+    if (lane % 4 != 0 || row >= range.num_queries) continue;
+    const int64_t index = row_index(problem, batch, head, row);
+    const float threshold = bounds.threshold[r];
+    const bool has_keys = visible[r] > 0 && threshold != -INFINITY, has_tau = has_keys && threshold < INFINITY;
+    const float no_tau = has_keys ? NAN : INFINITY;
+    params.pass.tau_lower[index] = has_tau ? round_below(threshold * bounds.to_z) : no_tau;
+    params.pass.tau_start[index] = has_tau ? estimates[r].tau : no_tau;
+    params.pass.is_coarse[index] = has_tau ? encode_doubt(estimates[r].chance_to_miss) : uint8_t(0);
+  }
+  if (!is_mask_row_there) return;
+
+  // Phase 9: tiles whose scores have all fallen below the final thresholds leave the mask. Lane l keeps the rises since
+  // snapshot l, then looks at tile l of each word.
+  const int num_snapshots = group_tiles > 0 ? snapshot_of(group_tiles - 1) + 1 : 0;
+  float rise_since = 0.0f;
+  for (int index = 0; index < num_snapshots; ++index) {
+    const float rise = bounds.rise(index);
+    if (lane == index) rise_since = rise;
+  }
+  __syncwarp();
+  constexpr int kBatch = 4;  // words in flight
+  const int num_words = last_word + 1 < mask_shape.key_words() ? last_word + 1 : mask_shape.key_words();
+  for (int first_word = 0; first_word < num_words; first_word += kBatch) {
+    uint32_t marked[kBatch];
+    uint16_t excess[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) marked[i] = first_word + i < num_words ? g_mask[first_word + i] : 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      excess[i] = (marked[i] & mask_bit(lane)) != 0 ? g_excess[(first_word + i) * 32 + lane] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first_word + i >= num_words) break;
+      const bool is_marked = (marked[i] & mask_bit(lane)) != 0;
+      const int steps_before = group_tiles - 1 - ((first_word + i) * 32 + lane) / Config::kMaskTiles;
+      const float rise = __shfl_sync(kAllLanes, rise_since, is_marked ? snapshot_of(steps_before) : 0);
+      const uint32_t live = __ballot_sync(kAllLanes, is_marked && decode_excess(excess[i]) >= rise);
+      if (lane == 0) g_mask[first_word + i] = live;
+    }
+  }
 }
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
@@ -730,7 +716,7 @@ __global__ void __launch_bounds__(ScanConfig<kHeadDim>::kThreads, 1)
     ItemSlots<1>::Position item;
     RingPosition<Config::kStages> at;
     for (BlockAt taken; (taken = smem.slot.wait(item)).x != smem.slot.kNone; item.advance()) {
-      scan_rows<Element, kHeadDim, kKind>(params, smem, taken, item, at);
+      scan_rows<Element, kHeadDim, kKind>(params, smem, {params.pass.problem, taken}, item, at);
     }
   }
 }
