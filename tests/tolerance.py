@@ -14,7 +14,9 @@ that all tie. With u = eps / 2 of the precision of the sums (float32 at least), 
     4 lanes, may lose S / 4 u; and where scores tie, rounding gap = z - tau moves every prob = gap^b of the row alike;
   - u(dtype) of the result: rounding it to the input dtype;
   - for the gradient by alpha, which is a difference of terms b^2 prob dP that cancel (wholly, where one key takes all),
-    8 b^2 u of their size, |<dO, out>|.
+    8 b^2 u of their size, |<dO, out>|;
+  - FLUSHED, an entry: products of float32 may end there at zero (and do in the emulator's tensor cores). The reference
+    in low precision keeps them on some processors and not on others.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ Attention = Callable[..., Any]
 
 
 PERTURBATION = 16.0  # of the inputs, in units of u
+FLUSHED = 2.0**-125  # twice the smallest normal float32
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -66,7 +69,7 @@ def assert_within_rule(
     worst = _first(error == error.max())
     for norm, measure in (("maximum", torch.max), ("norm", torch.norm)):
         ours_err, reference_err = measure(error).item(), measure(reference_error).item()
-        floor = 4.0 / PERTURBATION * measure(change).item() + measure(margin).item()
+        floor = 4.0 / PERTURBATION * measure(change).item() + measure(margin + FLUSHED).item()
         assert ours_err <= 2.0 * reference_err + floor, (
             f"{name}: {norm} of the error is {ours_err:.3e}, allowed 2 x {reference_err:.3e} (reference in the input "
             f"dtype) + {floor:.3e}; worst at {worst}: ours {ours[worst].item():.9g}, reference "
