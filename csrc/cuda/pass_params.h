@@ -21,6 +21,7 @@ struct ScanParams {
   uint8_t* is_coarse;
   uint32_t* block_mask;
   uint16_t* tile_excess;
+  bool wants_estimate;  // sm90's: out is taken from tau_start, if it can be
 };
 
 struct OutputParams {

@@ -113,10 +113,9 @@ struct Instance {
       launch_kernel(kernel, dim3(prepare_staying(params.queue, stream)), dim3(Config::kThreads),
                     OutputSmem<kHeadDim>::kBytes, stream, params);
     };
-    const bool wants_out_alone = call.gap_mean_v.data == nullptr && call.support_size == nullptr;
     for_alpha_kind(problem, [&](auto kind) {
       if constexpr (kind() == AlphaKind::kOneAndHalf) {
-        if (wants_out_alone) {
+        if (wants_out_alone(call)) {
           launch(output_kernel<Element, kHeadDim, kind(), OutputKind::kFromEstimate>);
           refine(call, workspace);
           return launch(output_kernel<Element, kHeadDim, kind(), OutputKind::kRest>);

@@ -121,12 +121,13 @@ struct OutputBlock {
   // A bit for each consumer whose rows are for this kernel to serve. All lanes of the producer warp.
   __device__ __forceinline__ uint32_t served_consumers(const Rows& rows) const {
     uint32_t served = 0;
+#pragma unroll
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       bool is_served = true;
       if constexpr (kOutput != OutputKind::kAll) {
         constexpr float kMostMisses = 0.25f;  // one, and the rows are done again, by way of a refinement
-        const auto doubt =
-            rows.doubt(problem, params.pass.is_coarse, rows.row_begin + consumer * kRowsPerConsumer, kRowsPerConsumer);
+        const auto doubt = rows.template doubt<kRowsPerConsumer>(problem, params.pass.is_coarse,
+                                                                 rows.row_begin + consumer * kRowsPerConsumer);
         is_served = kOutput == OutputKind::kRest ? doubt.is_coarse : doubt.num_misses < kMostMisses;
       }
       served |= uint32_t(is_served) << consumer;

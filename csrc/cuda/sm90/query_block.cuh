@@ -36,20 +36,23 @@ struct QueryBlock {
   __device__ __forceinline__ int num_row_groups() const {
     return min(kBlockM / kMaskRows, mask_shape.num_row_groups - row_begin / kMaskRows);
   }
-  // Is a row of [begin, begin + num_rows) coarse, and of how many is the estimate of tau expected to miss? All lanes of
+  // Is one of kRows rows from `begin` on coarse, and of how many is the estimate of tau expected to miss? All lanes of
   // a warp.
   struct Doubt {
     bool is_coarse;
     float num_misses;
   };
-  __device__ __forceinline__ Doubt doubt(const AttentionProblem& problem, const uint8_t* is_coarse, int begin,
-                                         int num_rows) const {
+  template <int kRows>
+  __device__ __forceinline__ Doubt doubt(const AttentionProblem& problem, const uint8_t* is_coarse, int begin) const {
     const uint8_t* g_codes = is_coarse + row_index(problem, batch, head, 0);
     uint32_t any = 0;
     float num_misses = 0.0f;
-    for (int row = begin + lane_id(); row < min(begin + num_rows, range.num_queries); row += kWarpSize) {
-      any |= g_codes[row];
-      num_misses += decode_doubt(g_codes[row]);
+#pragma unroll
+    for (int i = 0; i < kRows; i += kWarpSize) {
+      const int row = begin + i + lane_id();
+      const uint8_t code = row < range.num_queries ? g_codes[row] : 0;
+      any |= code;
+      num_misses += decode_doubt(code);
     }
     return {__any_sync(kAllLanes, any != 0) != 0, warp_sum(num_misses)};
   }

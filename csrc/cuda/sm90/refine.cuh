@@ -152,7 +152,7 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     const LeftOperand<QueryTile, true> query(s_smem + Smem::kQuery + consumer * QueryTile::kBytes, 0);
 
     typename Tiles::Position position;
-    const auto doubt = Rows::doubt(problem, params.is_coarse, consumer_row, kRowsPerConsumer);
+    const auto doubt = Rows::template doubt<kRowsPerConsumer>(problem, params.is_coarse, consumer_row);
     bool goes_on = true, is_refined = doubt.is_coarse;
     for (int pass = 0; goes_on && pass < kMaxRefinements; ++pass) {
       rows.clear_sums();
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(RefineConfig<kHeadDim>::kThreads, RefineConfig
     refine_kernel(const __grid_constant__ RefineParams params) {
   using Config = RefineConfig<kHeadDim>;
   const RefineBlock<Element, kHeadDim, kKind> block(params);
-  const auto doubt = block.doubt(params.problem, params.is_coarse, block.row_begin, Config::kBlockM);
+  const auto doubt = block.template doubt<Config::kBlockM>(params.problem, params.is_coarse, block.row_begin);
   if (!doubt.is_coarse) return block.copy();  // the same in all warps
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();

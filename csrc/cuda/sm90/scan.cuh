@@ -435,6 +435,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
   using QueryTile = typename Config::QueryTile;
   constexpr float kLargestGrowth = 4.0f;
   constexpr int kManyFullTiles = 6;
+  const bool wants_estimate = kKind == AlphaKind::kOneAndHalf && params.pass.wants_estimate;
   const AttentionProblem& problem = params.pass.problem;
   const WorkRange& range = block.range;
   const int batch = block.batch, head = block.head, num_tiles = Config::num_tiles(block);
@@ -509,6 +510,8 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
       ptx::wgmma_rs<Element, ptx::Major::kK>(score, query[k], KeyTile::k_major(s_tile, 0, k), k != 0);
     }
     ptx::wgmma_commit();
+    // NOTE: all lanes agree on this, but by a vote ptxas knows it too. Without, the loop leaves the uniform registers.
+    const bool may_be_full = __any_sync(kAllLanes, num_full_tiles >= kManyFullTiles);
     ptx::wgmma_wait<0>();
     ptx::wgmma_pin(score);
     if (lane == 0) smem.ring.release(stage);
@@ -525,11 +528,9 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
     }
 
     // Phase 4, where tile after tile has hits: their sums first, which tell what else there is to know, too.
-    // NOTE: all lanes agree on these conditions, and ptxas knows it by the votes alone; without it leaves the uniform
-    // registers for good.
     bool is_added = false;
     if constexpr (kKind == AlphaKind::kOneAndHalf) {
-      if (__any_sync(kAllLanes, num_full_tiles >= kManyFullTiles)) {
+      if (may_be_full) {
         float excess;
         is_added = bounds.add_full(score, snapshot_of(step), excess);
         if (is_added) {
@@ -542,7 +543,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
         }
       }
     }
-    if (!__any_sync(kAllLanes, is_added)) {
+    if (!is_added) {
       // Phase 5: the rows' maxima over this lane's columns of each mask tile, as integers (see larger()).
       int most[Config::kMaskTiles][Config::kRowsPerLane];
       bool has_hit[Config::kMaskTiles];
@@ -592,8 +593,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
         bool saw_few[Config::kRowsPerLane], jumps = false;
 #pragma unroll
         for (int r = 0; r < Config::kRowsPerLane; ++r) {
-          saw_few[r] =
-              kKind == AlphaKind::kOneAndHalf && step == 1 && visible[r] - (key_begin + Config::kBlockN) < kFewKeys;
+          saw_few[r] = wants_estimate && step == 1 && visible[r] - (key_begin + Config::kBlockN) < kFewKeys;
           jumps |= saw_few[r];
         }
 #pragma unroll
@@ -651,19 +651,21 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
 
   // Phase 8: the result.
   const TauEstimate estimates[] = {bounds.finish(0, group_tiles), bounds.finish(1, group_tiles)};
-#pragma unroll
-  for (int r = 0; r < Config::kRowsPerLane; ++r) {
-    const int row = warp_row + bounds.row_in_warp(lane, r);
-    if (lane % 4 != 0 || row >= range.num_queries) continue;
-    const int64_t index = row_index(problem, batch, head, row);
-    const float threshold = bounds.threshold[r];
-    const bool has_keys = visible[r] > 0 && threshold != -INFINITY, has_tau = has_keys && threshold < INFINITY;
-    const float no_tau = has_keys ? NAN : INFINITY;
-    params.pass.tau_lower[index] = has_tau ? round_below(threshold * bounds.to_z) : no_tau;
-    params.pass.tau_start[index] = has_tau ? estimates[r].tau : no_tau;
-    params.pass.is_coarse[index] = has_tau ? encode_doubt(estimates[r].chance_to_miss) : uint8_t(0);
-  }
   if (!is_mask_row_there) return;
+  const auto for_each_row = [&](const auto& body) {
+#pragma unroll
+    for (int r = 0; r < Config::kRowsPerLane; ++r) {
+      const int row = warp_row + bounds.row_in_warp(lane, r);
+      const bool has_keys = visible[r] > 0 && bounds.threshold[r] != -INFINITY;
+      const bool has_tau = has_keys && bounds.threshold[r] < INFINITY;
+      if (lane % 4 == 0 && row < range.num_queries) body(r, row_index(problem, batch, head, row), has_keys, has_tau);
+    }
+  };
+  for_each_row([&](int r, int64_t index, bool has_keys, bool has_tau) {
+    const float no_tau = has_keys ? NAN : INFINITY;
+    params.pass.tau_lower[index] = has_tau ? round_below(bounds.threshold[r] * bounds.to_z) : no_tau;
+    params.pass.tau_start[index] = has_tau ? estimates[r].tau : no_tau;
+  });
 
   // Phase 9: tiles whose scores have all fallen below the final thresholds leave the mask. Lane l keeps the rises since
   // snapshot l, then looks at tile l of each word.
@@ -674,6 +676,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
     if (lane == index) rise_since = rise;
   }
   __syncwarp();
+  int num_live = 0;
   constexpr int kBatch = 4;  // words in flight
   const int num_words = last_word + 1 < mask_shape.key_words() ? last_word + 1 : mask_shape.key_words();
   for (int first_word = 0; first_word < num_words; first_word += kBatch) {
@@ -693,8 +696,18 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
       const float rise = __shfl_sync(kAllLanes, rise_since, is_marked ? snapshot_of(steps_before) : 0);
       const uint32_t live = __ballot_sync(kAllLanes, is_marked && decode_excess(excess[i]) >= rise);
       if (lane == 0) g_mask[first_word + i] = live;
+      num_live += __popc(live);
     }
   }
+
+  // Phase 10: how far the estimates are to be trusted. Not at all where most tiles are dead: growth is counted in keys,
+  // as if those that matter came evenly, and a refinement costs little there.
+  constexpr float kMostlyLive = 0.7f;
+  const bool is_mostly_live = num_live >= kMostlyLive * (group_tiles * Config::kMaskTiles);
+  for_each_row([&](int r, int64_t index, bool, bool has_tau) {
+    const uint8_t code = encode_doubt(is_mostly_live ? estimates[r].chance_to_miss : 1.0f);
+    params.pass.is_coarse[index] = has_tau ? code : uint8_t(0);
+  });
 }
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
