@@ -222,8 +222,9 @@ AttentionResult attention_autograd(const Tensor& query, const Tensor& key, const
                                    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                                    const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
                                    bool want_aux) {
-  for (const Tensor* tensor : {&query, &key, &value}) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(/*level=*/0).defined(),
+  for (const OptionalTensor& tensor :
+       {OptionalTensor(query), OptionalTensor(key), OptionalTensor(value), attn_mask, alpha_heads}) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!(tensor && tensor->_fw_grad(/*level=*/0).defined()),
                                 "adasplash2.entmax_attention: forward-mode automatic differentiation is not built");
   }
   const auto needs_grad = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };

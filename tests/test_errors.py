@@ -196,11 +196,15 @@ def test_functional_transforms(transform):
             torch.func.jvp(attention, (query,), (query,))
 
 
-def test_forward_mode():
-    query = torch.randn(2, 5, 8)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="adasplash2"):
-        dual = torch.autograd.forward_ad.make_dual(query, query)
-        adasplash2.entmax_attention(dual, dual, dual)
+@pytest.mark.parametrize("dual", ["query", "key", "value", "attn_mask", "alpha"])
+def test_forward_mode(dual):
+    """Also by what is optional: its tangent alone would be lost without a word."""
+    tensors = {name: torch.randn(1, 2, 5, 8) for name in ("query", "key", "value")}
+    tensors |= {"attn_mask": torch.randn(5, 5), "alpha": torch.tensor([1.3, 1.7])}
+    message = re.escape(f"{NAME}forward-mode automatic differentiation is not built")
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        tensors[dual] = torch.autograd.forward_ad.make_dual(tensors[dual], torch.ones_like(tensors[dual]))
+        adasplash2.entmax_attention(**tensors)
 
 
 def test_unknown_instruction_set():
