@@ -90,7 +90,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   check_tensor(grad_out, "grad_out", {params.batch, params.num_heads, params.num_queries, value.size(3)}, query);
   const std::array<int64_t, 3> rows_shape{params.batch, params.num_heads, params.num_queries};
   check_tensor(support_size, "support_size", rows_shape, query);
+  check_dtype(support_size, "support_size", at::kInt);
   check_tensor(support, "support", {cpu::support_bytes(params)}, query);
+  check_dtype(support, "support", at::kByte);
   TORCH_CHECK(support_size.is_contiguous() && support.is_contiguous(),
               "adasplash2: the saved support must be contiguous");
   const Tensor padded_grad_out = padded_rows(grad_out.to(query.scalar_type()), cpu::kHeadDimMultiple);
@@ -114,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   }
   Tensor grad_alpha = at::empty({0}, query.options().dtype(at::kDouble));
   if (wanted[4]) {
+    TORCH_CHECK(alpha_heads, "adasplash2: only a tensor alpha has a gradient");
     grad_alpha = at::empty({params.batch, params.num_heads}, query.options().dtype(at::kDouble));
     params.grad_alpha = grad_alpha.data_ptr<double>();
   }

@@ -425,6 +425,14 @@ def test_wide_heads_are_not_built():
 
 
 @on_gpu
+def test_unknown_path(monkeypatch):
+    monkeypatch.setenv("ADASPLASH2_CUDA_PATH", "sm100")
+    query, key, value, _ = gpu_inputs(Shape(1, 1, 10, 10))
+    with pytest.raises(ValueError, match="the CUDA path must be auto, sm80 or sm90, got sm100"):
+        adasplash2.entmax_attention(query, key, value)
+
+
+@on_gpu
 def test_softmax_is_torchs():
     query, key, value, _ = gpu_inputs(Shape(1, 2, 70, 90))
     ours = adasplash2.entmax_attention(query, key, value, alpha=1.0)
