@@ -135,6 +135,13 @@ def has_hopper() -> bool:
     return any(re.fullmatch(r".*compute_90a?,code=sm_.*", flag) for flag in architecture_flags())
 
 
+def cuda_build(cuda_home: Path) -> str:
+    """Compiler and architectures, for users: SASS as sm_*, PTX as compute_*."""
+    flags = architecture_flags() + ([HOPPER_FLAG] if has_hopper() else [])
+    codes = dict.fromkeys(flag.rpartition("code=")[2] for flag in flags)
+    return f"nvcc {nvcc_version(cuda_home)} for {', '.join(codes)}"
+
+
 def kernel_jobs() -> list[tuple[Path, list[str]]]:
     """What nvcc compiles, and for which architectures."""
     jobs = [(kernel, architecture_flags()) for kernel in CUDA_KERNELS]
@@ -190,6 +197,7 @@ if CUDA_HOME is None or CUDA_MISSING:
     COMPILE_FLAGS.append(f'-DADASPLASH2_CUDA_MISSING="{CUDA_MISSING}"')
 else:
     SOURCES += CUDA_SOURCES
+    COMPILE_FLAGS.append(f'-DADASPLASH2_CUDA_BUILD="{cuda_build(CUDA_HOME)}"')
     COMPILE_FLAGS += ["-DADASPLASH2_CUDA_SM90"] if has_hopper() else []
     LINK_FLAGS += [f"-L{library_folder(CUDA_HOME)}", *CUDA_LINK_FLAGS]
 

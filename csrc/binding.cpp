@@ -259,6 +259,7 @@ AttentionResult attention_autocast(const Tensor& query, const Tensor& key, const
 #ifdef ADASPLASH2_CUDA_MISSING
 constexpr bool kHasCuda = false;
 constexpr const char* kCudaMissing = ADASPLASH2_CUDA_MISSING;
+constexpr const char* kCudaBuild = "";
 std::vector<std::string> cuda_paths() { return {}; }
 
 void say_cuda_is_missing(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) {
@@ -267,7 +268,14 @@ void say_cuda_is_missing(const c10::OperatorHandle&, c10::DispatchKeySet, torch:
 #else
 constexpr bool kHasCuda = true;
 constexpr const char* kCudaMissing = "";
+constexpr const char* kCudaBuild = ADASPLASH2_CUDA_BUILD;
 std::vector<std::string> cuda_paths() { return cuda::built_paths(); }
+#endif
+
+#ifdef __clang__
+constexpr const char* kCompiler = __VERSION__;  // with its name
+#else
+constexpr const char* kCompiler = "g++ " __VERSION__;
 #endif
 
 }  // namespace
@@ -321,7 +329,9 @@ TORCH_LIBRARY_IMPL(adasplash2, AutocastCUDA, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of adasplash2; importing it registers torch.ops.adasplash2.";
   m.attr("version") = ADASPLASH2_VERSION;
+  m.attr("compiler") = kCompiler;
   m.attr("has_cuda") = kHasCuda;
+  m.attr("cuda_build") = kCudaBuild;
   m.attr("cuda_missing") = kCudaMissing;
   m.attr("cuda_paths") = cuda_paths();
   m.attr("support_layout") = py::make_tuple(cpu::kRowBlock, cpu::kSavedPerRow, cpu::SupportLayout::kAlignment);
