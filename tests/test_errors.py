@@ -4,13 +4,10 @@ expected and what came."""
 from __future__ import annotations
 
 import re
-import runpy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import setuptools
 import torch
 
 import adasplash2
@@ -457,14 +454,6 @@ def test_reference_entmax_errors():
 
 
 # ---------------------------------------------------------------------------------------------- build
-
-
-@pytest.fixture
-def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The names that setup.py defines, without the build."""
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    monkeypatch.setenv("ADASPLASH2_CUDA", "0")
-    return runpy.run_path(str(Path(__file__).resolve().parents[1] / "setup.py"))
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import setuptools
 import torch
 
 from adasplash2 import _C, __main__, __version__
@@ -90,10 +88,7 @@ def test_report_of_this_build():
         ("8.6 8.9", "sm_86, sm_89"),
     ],
 )
-def test_architectures_of_a_build(architectures, expected, monkeypatch):
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    monkeypatch.setenv("ADASPLASH2_CUDA", "0")
-    script = runpy.run_path(str(Path(__file__).resolve().parents[1] / "setup.py"))
+def test_architectures_of_a_build(architectures, expected, setup_script, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
-    monkeypatch.setitem(script["cuda_build"].__globals__, "nvcc_version", lambda _: "13.0")
-    assert script["cuda_build"](Path("/usr/local/cuda")) == f"nvcc 13.0 for {expected}"
+    monkeypatch.setitem(setup_script["cuda_build"].__globals__, "nvcc_version", lambda _: "13.0")
+    assert setup_script["cuda_build"](Path("/usr/local/cuda")) == f"nvcc 13.0 for {expected}"
