@@ -167,6 +167,10 @@ def test_gpu_check_stops_at_what_is_missing(tmp_path):
     plan = subprocess.run([*check, "--dry-run"], capture_output=True, text=True, check=True).stdout
     steps = ["machine", "ptx", "build", "tests", "sanitizer", "bench", "profile"]
     assert [line[1 : line.index("]")] for line in plan.splitlines() if line.startswith("[")] == steps
+    of_sm80 = [line for line in plan.splitlines() if line.startswith("    env ADASPLASH2_CUDA_PATH=sm80 ")]
+    assert sum("pytest tests/test_cuda_torch.py" in line for line in of_sm80) == 1
+    assert sum("compute-sanitizer" in line for line in of_sm80) == 4
+    assert sum(" ncu " in line for line in of_sm80) == 1
     assert not (tmp_path / "out").exists()
 
     # With nothing on PATH the first step cannot run, so no later one may.
