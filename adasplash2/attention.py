@@ -100,7 +100,8 @@ def entmax_attention(
             sparsemax. Or a tensor broadcastable to ``(..., Hq)`` with values in (1, 2]: an alpha per head,
             differentiable, as in Correia et al. 2019 (its values are not checked on other devices than the CPU).
         key_lengths: ``(B,)`` integers, for right-padded batches: keys at and past the length take no part. Where
-            ``Nq == Nk`` the queries at and past it are padding as well: zero output, zero gradients.
+            ``Nq == Nk`` the queries at and past it are padding as well: zero output, zero gradients. A length below
+            0 counts as 0, one above ``Nk`` as ``Nk``.
         return_aux: also return an :class:`AttentionAux`.
 
     Returns:

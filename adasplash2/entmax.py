@@ -30,7 +30,8 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     Args:
         x: scores, any shape and strides; float32, bfloat16, float16 or float64. An entry of -inf gets probability 0, a
             slice that is all -inf gives zeros, a slice with a NaN or +inf gives NaN.
-        alpha: a number in [1, 2], or a floating tensor of values in (1, 2] that broadcasts to `x` with size 1 at `dim`.
+        alpha: a number in [1, 2], or a floating tensor of values in (1, 2] that broadcasts to `x` with size 1 at `dim`
+            (its values are not checked on other devices than the CPU).
         dim: the dimension to normalise.
 
     Returns:
