@@ -27,9 +27,9 @@ $(VENV)/.ready: pyproject.toml
 # The kernel layer and its C++ tests, without torch.
 CMAKE_FLAGS ?=
 ctest: $(VENV)/.ready
-	cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release $(CMAKE_FLAGS) >/dev/null
-	cmake --build build/cmake -j2 >/dev/null
-	ctest --test-dir build/cmake --output-on-failure
+	$(BIN)/cmake -S . -B build/cmake -DCMAKE_BUILD_TYPE=Release $(CMAKE_FLAGS) >/dev/null
+	$(BIN)/cmake --build build/cmake -j2 >/dev/null
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

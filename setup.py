@@ -38,6 +38,8 @@ CUDA_KERNELS = [  # nvcc's
 ]
 HOPPER_KERNELS = sorted((ROOT / "csrc/cuda/sm90/instances").glob("*.cu"))
 HOPPER_FLAG = "-gencode=arch=compute_90a,code=sm_90a"  # no other target knows wgmma
+# One target, for which every instance is laid out: a spill is an error.
+HOPPER_FLAGS = [HOPPER_FLAG, "-Xptxas=-warn-spills,-Werror"]
 CUDA_INCLUDES = [ROOT / "csrc", ROOT / "csrc/cuda/device"]
 
 COMPILE_FLAGS = [
@@ -135,11 +137,18 @@ def has_hopper() -> bool:
     return any(re.fullmatch(r".*compute_90a?,code=sm_.*", flag) for flag in architecture_flags())
 
 
+def cuda_build(cuda_home: Path) -> str:
+    """Compiler and architectures, for users: SASS as sm_*, PTX as compute_*."""
+    flags = architecture_flags() + ([HOPPER_FLAG] if has_hopper() else [])
+    codes = dict.fromkeys(flag.rpartition("code=")[2] for flag in flags)
+    return f"nvcc {nvcc_version(cuda_home)} for {', '.join(codes)}"
+
+
 def kernel_jobs() -> list[tuple[Path, list[str]]]:
     """What nvcc compiles, and for which architectures."""
     jobs = [(kernel, architecture_flags()) for kernel in CUDA_KERNELS]
     if has_hopper():
-        jobs += [(kernel, [HOPPER_FLAG]) for kernel in HOPPER_KERNELS]
+        jobs += [(kernel, HOPPER_FLAGS) for kernel in HOPPER_KERNELS]
     return jobs
 
 
@@ -157,14 +166,14 @@ class BuildWithKernels(BuildExtension):
         super().build_extension(extension)
 
 
-def compile_kernel(cuda_home: Path, source: Path, architectures: list[str], folder: Path) -> str:
+def compile_kernel(cuda_home: Path, source: Path, target_flags: list[str], folder: Path) -> str:
     """The object file of a .cu; compiled anew if the command or a file that it read has changed."""
     path = source.parents[1].name  # sm80 or sm90: their files have the same names
     made, read, command_file = (folder / f"{path}_{source.stem}.{suffix}" for suffix in ("o", "d", "command"))
     command = [
         str(cuda_home / "bin/nvcc"),
         *NVCC_FLAGS,
-        *architectures,
+        *target_flags,
         *(f"-I{include}" for include in CUDA_INCLUDES),
     ]
     command += ["-MD", "-MF", str(read), "-c", str(source), "-o", str(made)]
@@ -174,7 +183,13 @@ def compile_kernel(cuda_home: Path, source: Path, architectures: list[str], fold
         if all(path.exists() and path.stat().st_mtime <= made.stat().st_mtime for path in dependencies):
             return str(made)
     print(line, flush=True)
-    subprocess.run(command, check=True)
+    compiled = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(compiled.stdout, end="", flush=True)
+    compiled.check_returncode()
+    # C7510 to C7517: ptxas waits for each wgmma alone, which the results do not show. It calls that information.
+    if serialised := re.findall(r".*\(C75\d\d\).*", compiled.stdout):
+        made.unlink()
+        raise SystemExit(f"{source}: ptxas serialises wgmma: {serialised[0]}")
     command_file.write_text(line)
     return str(made)
 
@@ -190,6 +205,7 @@ if CUDA_HOME is None or CUDA_MISSING:
     COMPILE_FLAGS.append(f'-DADASPLASH2_CUDA_MISSING="{CUDA_MISSING}"')
 else:
     SOURCES += CUDA_SOURCES
+    COMPILE_FLAGS.append(f'-DADASPLASH2_CUDA_BUILD="{cuda_build(CUDA_HOME)}"')
     COMPILE_FLAGS += ["-DADASPLASH2_CUDA_SM90"] if has_hopper() else []
     LINK_FLAGS += [f"-L{library_folder(CUDA_HOME)}", *CUDA_LINK_FLAGS]
 

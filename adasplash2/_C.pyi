@@ -1,5 +1,7 @@
 version: str
+compiler: str
 has_cuda: bool
+cuda_build: str  # nvcc and architectures; empty without CUDA
 cuda_missing: str
 cuda_paths: list[str]
 support_layout: tuple[int, int, int]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from adasplash2 import autograd as _autograd  # noqa: F401  (registers the fake kernels)
+from adasplash2.autograd import refuse_functional_transforms  # and registers the fake kernels
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -100,7 +100,8 @@ def entmax_attention(
             sparsemax. Or a tensor broadcastable to ``(..., Hq)`` with values in (1, 2]: an alpha per head,
             differentiable, as in Correia et al. 2019 (its values are not checked on other devices than the CPU).
         key_lengths: ``(B,)`` integers, for right-padded batches: keys at and past the length take no part. Where
-            ``Nq == Nk`` the queries at and past it are padding as well: zero output, zero gradients.
+            ``Nq == Nk`` the queries at and past it are padding as well: zero output, zero gradients. A length below
+            0 counts as 0, one above ``Nk`` as ``Nk``.
         return_aux: also return an :class:`AttentionAux`.
 
     Returns:
@@ -162,10 +163,7 @@ def _check_inputs(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> None:
     name = "adasplash2.entmax_attention"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(
-            f"{name}: functional transforms (torch.func) are not supported; expected plain tensors"
-        )
+    refuse_functional_transforms(name)
     for label, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name}: {label} must have at least 2 dimensions (N, D), got shape {tuple(tensor.shape)}")

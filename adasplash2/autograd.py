@@ -1,4 +1,4 @@
-"""Fake kernels of the operators: shapes and dtypes without data, for torch.compile and meta tensors.
+"""Fake kernels of the operators: shapes and dtypes without data, for torch.compile and meta tensors; what is refused.
 
 The schemas, autograd and autocast are registered in C++ (csrc/binding.cpp). What is saved for the backward pass differs
 between devices: csrc/cpu/support_layout.h, csrc/cuda/support_layout.h.
@@ -14,6 +14,14 @@ from torch import Tensor
 from adasplash2 import _C
 
 _MASK_TILE = 64
+
+
+def refuse_functional_transforms(name: str) -> None:
+    """torch.func wraps tensors and looks for rules that our operators have not; its own error names neither."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{name}: functional transforms (torch.func) are not supported; expected plain tensors"
+        )
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adasplash2 import _C as _C  # registers torch.ops.adasplash2
+from adasplash2.autograd import refuse_functional_transforms
 
 __all__ = ["entmax", "entmax15", "sparsemax"]
 
@@ -23,12 +24,14 @@ def entmax(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1) -> Tensor:
     """``prob_j = [(alpha - 1) x_j - tau]_+ ^ (1 / (alpha - 1))`` along `dim`, tau such that they sum to 1.
 
     alpha = 1 is softmax, alpha = 2 sparsemax. Exact: no sorting, no iteration count to choose. Differentiable once, by
-    `x` and by `alpha`; the gradient of the gradient raises an error.
+    `x` and by `alpha`; the gradient of the gradient raises an error, and so do functional transforms (torch.func),
+    unless alpha = 1.
 
     Args:
         x: scores, any shape and strides; float32, bfloat16, float16 or float64. An entry of -inf gets probability 0, a
             slice that is all -inf gives zeros, a slice with a NaN or +inf gives NaN.
-        alpha: a number in [1, 2], or a floating tensor of values in (1, 2] that broadcasts to `x` with size 1 at `dim`.
+        alpha: a number in [1, 2], or a floating tensor of values in (1, 2] that broadcasts to `x` with size 1 at `dim`
+            (its values are not checked on other devices than the CPU).
         dim: the dimension to normalise.
 
     Returns:
@@ -63,6 +66,7 @@ def sparsemax(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def _entmax(x: Tensor, alpha: float, alpha_slices: Tensor | None, dim: int) -> Tensor:
+    refuse_functional_transforms("adasplash2.entmax")
     prob: Tensor = torch.ops.adasplash2.entmax_forward(x, alpha, alpha_slices, dim)
     return prob
 

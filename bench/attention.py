@@ -260,8 +260,8 @@ def _support(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    if options.keep and not timing.is_clean():
-        raise SystemExit("--keep needs a clean commit: the numbers must belong to a state that can be checked out")
+    if options.keep:
+        timing.require_clean_commit()
     if options.threads:
         torch.set_num_threads(options.threads)
     if not torch.cuda.is_available():

@@ -4,6 +4,7 @@
     python -m bench.entmax --shape 2048x4096 --dtype float32
 
 `clone` is the floor: it reads a tensor and writes one of its size, which is all that the forward pass must do.
+README.md beside this file says how to read what it prints and writes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import entmax as package
@@ -20,6 +22,7 @@ from torch import Tensor
 
 import adasplash2
 from bench import timing
+from bench.plots import plot_activations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESULTS = timing.ROOT / "bench" / "results"
@@ -120,25 +123,34 @@ def print_results(case: Case, results: Sequence[dict[str, Any]]) -> None:
     print(timing.table(header, rows), end="\n\n", flush=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = {"x".join(map(str, shape)): (shape, dim) for shape, dim in SHAPES}
     parser.add_argument("--shape", nargs="+", choices=names, default=list(names))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--scale", nargs="+", type=float, default=SCALES)
     parser.add_argument("--rounds", type=int, default=5, help="samples of every function; the median is reported")
-    parser.add_argument("--output", default=f"{datetime.now():%Y-%m-%d}-entmax", help="name of the file of results")
-    arguments = parser.parse_args()
+    parser.add_argument("--name", default="all", help="part of the names of the files, to tell runs apart")
+    parser.add_argument("--out", type=Path, default=timing.ROOT / "build" / "bench", help="folder to write to")
+    parser.add_argument("--keep", action="store_true", help="write to bench/results (clean commit only)")
+    options = parser.parse_args(arguments)
+    if options.keep:
+        timing.require_clean_commit()
 
+    folder = RESULTS if options.keep else options.out
+    stem = f"{datetime.now():%Y-%m-%d}-entmax-{options.name}"
     results: list[dict[str, Any]] = []
     machine = timing.machine_info()
-    for name in arguments.shape:
-        for dtype in arguments.dtype:
-            for scale in arguments.scale:
+    for name in options.shape:
+        for dtype in options.dtype:
+            for scale in options.scale:
                 case = Case(*names[name], dtype, scale)
-                results += (measured := measure_case(case, arguments.rounds))
+                results += (measured := measure_case(case, options.rounds))
                 print_results(case, measured)
-    timing.write_json(RESULTS / f"{arguments.output}.json", machine, results)
+        # After every shape: a run that is cut short still leaves what it has.
+        timing.write_json(folder / f"{stem}.json", machine, results)
+        plot_activations(folder / f"{stem}.png", machine, results)
+    print(f"written: {folder / stem}.json and .png")
 
 
 if __name__ == "__main__":

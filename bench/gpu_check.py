@@ -40,6 +40,7 @@ BENCHES = (
     f"{BENCH} --out {{out}} --name gpu-triton --peers {OURS} 'sdpa flash' 'adasplash (Triton)' "
     "--support 100 --live 0.1 0.4",
 )
+SM80_PATH = "ADASPLASH2_CUDA_PATH=sm80"  # on a Hopper the kernels for older GPUs
 TEST_WORKERS = min(8, os.cpu_count() or 1)  # they share the GPU
 
 
@@ -79,6 +80,11 @@ def architecture() -> str:
 
 
 def steps() -> list[Step]:
+    pytest_options = f"-x -rs -n {TEST_WORKERS} --dist worksteal"
+    counters = (
+        "ncu --set detailed --clock-control none --launch-count 32 --kernel-name-base demangled "
+        f"--kernel-name regex:{OUR_KERNELS} {PROFILED_CASE}"
+    )
     sanitize = "compute-sanitizer --error-exitcode 1"
     ours_alone = f"--kernel-name kns={OUR_KERNELS}"
     # NOTE: racecheck does not see that mbarriers order accesses, nor initcheck what TMA stores: what both report of the
@@ -121,8 +127,11 @@ def steps() -> list[Step]:
         ),
         Step(
             "tests",
-            "the tests of the CUDA paths on the GPU",
-            (f"{PYTHON} -m pytest tests -k cuda -x -rs -n {TEST_WORKERS} --dist worksteal",),
+            "the tests of the CUDA paths on the GPU, through torch on the path that it takes and on sm80's",
+            (
+                f"{PYTHON} -m pytest tests -k cuda {pytest_options}",
+                f"env {SM80_PATH} {PYTHON} -m pytest tests/test_cuda_torch.py {pytest_options}",
+            ),
             modules=("torch", "pytest", "xdist", "hypothesis"),
             environment={"OMP_NUM_THREADS": "1"},
         ),
@@ -142,11 +151,8 @@ def steps() -> list[Step]:
         ),
         Step(
             "profile",
-            "hardware counters of the main kernels",
-            (
-                "ncu --set detailed --clock-control none --launch-count 32 --kernel-name-base demangled "
-                f"--kernel-name regex:{OUR_KERNELS} {PROFILED_CASE}",
-            ),
+            "hardware counters of the main kernels, of the path that is taken here and of sm80's",
+            (counters, f"env {SM80_PATH} {counters}"),
             tools=("ncu",),
             modules=("torch", "matplotlib"),
         ),

@@ -124,6 +124,12 @@ def is_clean() -> bool:
     return _output("git", "-C", str(ROOT), "status", "--porcelain") == ""
 
 
+def require_clean_commit() -> None:
+    """Of results that are to be kept."""
+    if not is_clean():
+        raise SystemExit("--keep needs a clean commit: the numbers must belong to a state that can be checked out")
+
+
 def _cpu_model() -> str:
     """The processor's name; a virtual machine may hide it, then its family and model numbers tell more."""
     try:

@@ -90,7 +90,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   check_tensor(grad_out, "grad_out", {params.batch, params.num_heads, params.num_queries, value.size(3)}, query);
   const std::array<int64_t, 3> rows_shape{params.batch, params.num_heads, params.num_queries};
   check_tensor(support_size, "support_size", rows_shape, query);
+  check_dtype(support_size, "support_size", at::kInt);
   check_tensor(support, "support", {cpu::support_bytes(params)}, query);
+  check_dtype(support, "support", at::kByte);
   TORCH_CHECK(support_size.is_contiguous() && support.is_contiguous(),
               "adasplash2: the saved support must be contiguous");
   const Tensor padded_grad_out = padded_rows(grad_out.to(query.scalar_type()), cpu::kHeadDimMultiple);
@@ -114,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
   }
   Tensor grad_alpha = at::empty({0}, query.options().dtype(at::kDouble));
   if (wanted[4]) {
+    TORCH_CHECK(alpha_heads, "adasplash2: only a tensor alpha has a gradient");
     grad_alpha = at::empty({params.batch, params.num_heads}, query.options().dtype(at::kDouble));
     params.grad_alpha = grad_alpha.data_ptr<double>();
   }
@@ -222,8 +225,9 @@ AttentionResult attention_autograd(const Tensor& query, const Tensor& key, const
                                    const OptionalTensor& attn_mask, const OptionalTensor& key_lengths,
                                    const OptionalTensor& alpha_heads, double alpha, double scale, bool is_causal,
                                    bool want_aux) {
-  for (const Tensor* tensor : {&query, &key, &value}) {
-    TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(/*level=*/0).defined(),
+  for (const OptionalTensor& tensor :
+       {OptionalTensor(query), OptionalTensor(key), OptionalTensor(value), attn_mask, alpha_heads}) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!(tensor && tensor->_fw_grad(/*level=*/0).defined()),
                                 "adasplash2.entmax_attention: forward-mode automatic differentiation is not built");
   }
   const auto needs_grad = [](const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); };
@@ -255,6 +259,7 @@ AttentionResult attention_autocast(const Tensor& query, const Tensor& key, const
 #ifdef ADASPLASH2_CUDA_MISSING
 constexpr bool kHasCuda = false;
 constexpr const char* kCudaMissing = ADASPLASH2_CUDA_MISSING;
+constexpr const char* kCudaBuild = "";
 std::vector<std::string> cuda_paths() { return {}; }
 
 void say_cuda_is_missing(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack*) {
@@ -263,7 +268,14 @@ void say_cuda_is_missing(const c10::OperatorHandle&, c10::DispatchKeySet, torch:
 #else
 constexpr bool kHasCuda = true;
 constexpr const char* kCudaMissing = "";
+constexpr const char* kCudaBuild = ADASPLASH2_CUDA_BUILD;
 std::vector<std::string> cuda_paths() { return cuda::built_paths(); }
+#endif
+
+#ifdef __clang__
+constexpr const char* kCompiler = __VERSION__;  // with its name
+#else
+constexpr const char* kCompiler = "g++ " __VERSION__;
 #endif
 
 }  // namespace
@@ -317,7 +329,9 @@ TORCH_LIBRARY_IMPL(adasplash2, AutocastCUDA, m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of adasplash2; importing it registers torch.ops.adasplash2.";
   m.attr("version") = ADASPLASH2_VERSION;
+  m.attr("compiler") = kCompiler;
   m.attr("has_cuda") = kHasCuda;
+  m.attr("cuda_build") = kCudaBuild;
   m.attr("cuda_missing") = kCudaMissing;
   m.attr("cuda_paths") = cuda_paths();
   m.attr("support_layout") = py::make_tuple(cpu::kRowBlock, cpu::kSavedPerRow, cpu::SupportLayout::kAlignment);

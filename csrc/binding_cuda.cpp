@@ -174,6 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
   check_tensor(tau, "tau", {problem.batch, problem.num_heads, problem.num_queries}, query);
   check_dtype(tau, "tau", at::kFloat);
   check_tensor(support, "support", {layout.bytes}, query);
+  check_dtype(support, "support", at::kByte);
   TORCH_CHECK(tau.is_contiguous() && support.is_contiguous(),
               "adasplash2: tau and the saved support must be contiguous");
 
@@ -224,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(
 
 Tensor entmax_forward_cuda(const Tensor& x, double alpha, const OptionalTensor& alpha_slices, int64_t dim) {
   const c10::DeviceGuard guard(x.device());
-  return run_entmax_forward(x, alpha, alpha_slices, dim, [&](const EntmaxForward& params, const Tensor&) {
+  return run_entmax_forward(x, alpha, alpha_slices, dim, [&](const EntmaxForward& params) {
     translate_errors([&] { cuda::entmax_forward(params, current_stream(x)); });
   });
 }

@@ -23,19 +23,9 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-void check_alpha(const Tensor& by_slice) {
-  const double* alpha = by_slice.const_data_ptr<double>();
-  for (int64_t slice = 0; slice < by_slice.numel(); ++slice) {
-    TORCH_CHECK_VALUE(alpha[slice] > 1.0 && alpha[slice] <= 2.0,
-                      "adasplash2: a tensor alpha must hold values in (1, 2], got ", alpha[slice]);
-  }
-}
-
 Tensor entmax_forward_cpu(const Tensor& x, double alpha, const OptionalTensor& alpha_slices, int64_t dim) {
-  return run_entmax_forward(x, alpha, alpha_slices, dim, [](const EntmaxForward& params, const Tensor& by_slice) {
-    if (by_slice.defined()) check_alpha(by_slice);
-    cpu::entmax_forward(params, torch_threads());
-  });
+  return run_entmax_forward(x, alpha, alpha_slices, dim,
+                            [](const EntmaxForward& params) { cpu::entmax_forward(params, torch_threads()); });
 }
 
 std::tuple<Tensor, Tensor> entmax_backward_cpu(const Tensor& grad_prob, const Tensor& prob, double alpha,

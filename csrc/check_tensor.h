@@ -36,6 +36,26 @@ inline void check_dtype(const at::Tensor& tensor, const char* name, at::ScalarTy
                    tensor.scalar_type());
 }
 
+inline void check_floating_point(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), "adasplash2: ", name, " must be floating point, got ",
+                   tensor.scalar_type());
+}
+
+inline void check_alpha(double alpha) {
+  TORCH_CHECK_VALUE(alpha > 1.0 && alpha <= 2.0, "adasplash2: alpha must be in (1, 2], got ", alpha);
+}
+
+// Of float64 on the CPU: on other devices the values would have to be waited for.
+inline void check_alphas(const at::Tensor& alphas) {
+  if (!alphas.device().is_cpu()) return;
+  const at::Tensor values = alphas.contiguous();
+  for (int64_t i = 0; i < values.numel(); ++i) {
+    const double alpha = values.const_data_ptr<double>()[i];
+    TORCH_CHECK_VALUE(alpha > 1.0 && alpha <= 2.0, "adasplash2: a tensor alpha must hold values in (1, 2], got ",
+                      alpha);
+  }
+}
+
 // The same values with a contiguous last dimension of a multiple of `multiple` elements, padded with zeros.
 inline at::Tensor padded_rows(const at::Tensor& tensor, int64_t multiple) {
   const int64_t padding = (multiple - tensor.size(3) % multiple) % multiple;

@@ -40,8 +40,7 @@ inline at::Tensor alpha_by_slice(const at::Tensor& alpha_slices, const at::Tenso
   std::vector<int64_t> sizes = dense_tensor.sizes().vec(), strides = dense_tensor.strides().vec();
   TORCH_CHECK_VALUE(alpha_slices.device() == dense_tensor.device(), "adasplash2: alpha must be on ",
                     dense_tensor.device(), ", got ", alpha_slices.device());
-  TORCH_CHECK_TYPE(at::isFloatingType(alpha_slices.scalar_type()), "adasplash2: alpha must be floating point, got ",
-                   alpha_slices.scalar_type());
+  check_floating_point(alpha_slices, "alpha");
   if (!sizes.empty()) {
     const int64_t stride = strides[dim], length = sizes[dim];
     for (size_t d = 0; d < sizes.size(); ++d) {
@@ -53,13 +52,15 @@ inline at::Tensor alpha_by_slice(const at::Tensor& alpha_slices, const at::Tenso
                     at::IntArrayRef(sizes), " (x with size 1 at dim), got ", alpha_slices.sizes());
   const at::Tensor by_slice = at::empty_strided(sizes, strides, alpha_slices.options().dtype(at::kDouble));
   by_slice.copy_(alpha_slices);
+  check_alphas(by_slice);
   return by_slice;
 }
 
-// run(params, alpha by slice, undefined where alpha is a number) is the kernel.
+// run(params) is the kernel.
 template <typename Run>
 at::Tensor run_entmax_forward(const at::Tensor& x, double alpha, const std::optional<at::Tensor>& alpha_slices,
                               int64_t dim, const Run& run) {
+  check_floating_point(x, "x");
   dim = at::maybe_wrap_dim(dim, x.dim());
   const at::Tensor dense_x = dense(x);
   const at::Tensor prob = at::empty_like(dense_x);
@@ -70,11 +71,11 @@ at::Tensor run_entmax_forward(const at::Tensor& x, double alpha, const std::opti
     by_slice = alpha_by_slice(*alpha_slices, dense_x, dim);
     params.alpha_slices = by_slice.const_data_ptr<double>();
   } else {
-    TORCH_CHECK_VALUE(alpha > 1.0 && alpha <= 2.0, "adasplash2: alpha must be in (1, 2], got ", alpha);
+    check_alpha(alpha);
   }
   params.x = dense_x.const_data_ptr();
   params.prob = prob.data_ptr();
-  run(params, by_slice);
+  run(params);
   return prob;
 }
 
@@ -85,6 +86,7 @@ std::tuple<at::Tensor, at::Tensor> run_entmax_backward(const at::Tensor& grad_pr
                                                        int64_t dim, std::array<bool, 2> wanted, const Run& run) {
   dim = at::maybe_wrap_dim(dim, prob.dim());
   check_tensor(grad_prob, "grad_prob", prob.sizes(), prob);
+  check_floating_point(prob, "prob");
   check_dtype(grad_prob, "grad_prob", prob.scalar_type());
   const at::Tensor dense_prob = dense(prob);
   const at::Tensor dense_grad = laid_out_like(grad_prob, dense_prob);
@@ -95,6 +97,8 @@ std::tuple<at::Tensor, at::Tensor> run_entmax_backward(const at::Tensor& grad_pr
   if (alpha_slices) {
     by_slice = alpha_by_slice(*alpha_slices, dense_prob, dim);
     params.alpha_slices = by_slice.const_data_ptr<double>();
+  } else {
+    check_alpha(alpha);
   }
   if (wanted[1]) {
     TORCH_CHECK_VALUE(alpha_slices, "adasplash2: only a tensor alpha has a gradient");

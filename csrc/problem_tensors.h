@@ -23,6 +23,7 @@ inline void fill_problem(AttentionProblem& problem, ProblemTensors& tensors, con
   TORCH_CHECK_VALUE(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
                     "adasplash2: query, key and value must have 4 dimensions, got ", query.dim(), ", ", key.dim(),
                     " and ", value.dim());
+  check_floating_point(query, "query");
   const int64_t batch = query.size(0), num_heads = query.size(1), num_kv_heads = key.size(1);
   const int64_t num_queries = query.size(2), num_keys = key.size(2), head_dim = query.size(3);
   check_tensor(key, "key", {batch, num_kv_heads, num_keys, head_dim}, query);
@@ -69,10 +70,13 @@ inline void fill_problem(AttentionProblem& problem, ProblemTensors& tensors, con
   if (alpha_heads) {
     check_tensor(*alpha_heads, "alpha", {batch, num_heads}, query);
     check_dtype(*alpha_heads, "alpha", at::kDouble);
+    check_alphas(*alpha_heads);
     tensors.alpha_heads = *alpha_heads;
     problem.alpha_heads = tensors.alpha_heads.const_data_ptr<double>();
     problem.alpha_stride_batch = tensors.alpha_heads.stride(0);
     problem.alpha_stride_head = tensors.alpha_heads.stride(1);
+  } else {
+    check_alpha(alpha);
   }
   problem.alpha = alpha;
   problem.scale = scale;

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import setuptools
 import torch
 from kernels import library
 from tolerance import Attention
@@ -51,6 +55,14 @@ def num_keys(request: pytest.FixtureRequest) -> int:
     """Kernels choose by the length of a row (and by its density) how they scan it: computed whole, in lists of what may
     be in the support, in lists that come from a coarser scan. With sparse data, one length for each."""
     return request.param
+
+
+@pytest.fixture
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that setup.py defines, without the build."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setenv("ADASPLASH2_CUDA", "0")
+    return runpy.run_path(str(Path(__file__).resolve().parents[1] / "setup.py"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -103,7 +106,10 @@ def report(tmp_path_factory) -> Path:
     """The folder that a tiny run of the benchmark wrote to."""
     folder = tmp_path_factory.mktemp("bench")
     arguments = "--length 64 128 --head-dim 64 --heads 1 --causal yes --support 8 --live 0.5 --rounds 2"
-    attention.main([*arguments.split(), "--dtype", "float32", "bfloat16", "--out", str(folder)])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        attention.main([*arguments.split(), "--dtype", "float32", "bfloat16", "--out", str(folder)])
+    (folder / "printed.txt").write_text(printed.getvalue())
     return folder
 
 
@@ -121,6 +127,14 @@ def test_report_holds_every_case_with_samples_and_description(report):
         assert 1 <= result["support_size"] <= result["length"]
         assert 0 < result["live_tile_fraction"] <= 1
         assert result["target"] == 1.3  # short sequences
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_report_says_that_there_is_no_gpu(report):
+    printed = (report / "printed.txt").read_text().splitlines()
+    assert printed[0] == "No GPU here: the CPU path is measured, and only that."
+    with pytest.raises(SystemExit, match=r"--device cuda: this torch \(.*\) sees no GPU"):
+        attention.main(["--device", "cuda"])
 
 
 def test_report_has_a_picture(report):
@@ -147,10 +161,33 @@ def test_targets(length, is_causal, dtype, support, forward, training):
     assert targets == [forward, training]
 
 
-def test_results_are_kept_only_at_a_clean_commit(monkeypatch):
+@pytest.mark.parametrize("benchmark", ["attention", "entmax"])
+def test_results_are_kept_only_at_a_clean_commit(benchmark, monkeypatch):
+    if benchmark == "entmax":
+        pytest.importorskip("entmax")
     monkeypatch.setattr(timing, "is_clean", lambda: False)
     with pytest.raises(SystemExit, match="clean commit"):
-        attention.main(["--keep"])
+        importlib.import_module(f"bench.{benchmark}").main(["--keep"])
+
+
+def test_activations(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("entmax")
+    benchmark = importlib.import_module("bench.entmax")
+    monkeypatch.setattr(benchmark, "SHAPES", [((6, 40), -1), ((3, 20, 4), 1)])
+    benchmark.main(["--scale", "1", "4", "--rounds", "2", "--name", "tiny", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("*-entmax-tiny.json")
+    content = json.loads(path.read_text())
+    assert {"cpu", "threads", "isa", "torch", "commit", "command", "date"} <= content["machine"].keys()
+    results = content["results"]
+    cases = {(*r["shape"], r["dtype"], r["scale"], r["function"], r["pass"]) for r in results}
+    assert len(cases) == len(results) == 2 * 2 * 2 * 3 * 2
+    for result in results:
+        assert result["speedup"] == pytest.approx(result["package_ms"] / result["adasplash2_ms"])
+        assert 1 <= result["support_size"] <= result["shape"][result["dim"]]
+        assert all(len(samples) == 2 for samples in result["samples_ms"].values())
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "6x40 dim -1 float32 scale 1" in printed and "sparsemax" in printed
 
 
 def test_commit_without_a_history(monkeypatch, tmp_path):
@@ -167,6 +204,10 @@ def test_gpu_check_stops_at_what_is_missing(tmp_path):
     plan = subprocess.run([*check, "--dry-run"], capture_output=True, text=True, check=True).stdout
     steps = ["machine", "ptx", "build", "tests", "sanitizer", "bench", "profile"]
     assert [line[1 : line.index("]")] for line in plan.splitlines() if line.startswith("[")] == steps
+    of_sm80 = [line for line in plan.splitlines() if line.startswith("    env ADASPLASH2_CUDA_PATH=sm80 ")]
+    assert sum("pytest tests/test_cuda_torch.py" in line for line in of_sm80) == 1
+    assert sum("compute-sanitizer" in line for line in of_sm80) == 4
+    assert sum(" ncu " in line for line in of_sm80) == 1
     assert not (tmp_path / "out").exists()
 
     # With nothing on PATH the first step cannot run, so no later one may.

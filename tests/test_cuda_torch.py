@@ -42,9 +42,35 @@ def gpu_inputs(shape: Shape, dtype: torch.dtype = BF16, name: str = "gaussian") 
     return [*(t.requires_grad_() for t in (query, key, value)), grad_out]
 
 
-def forward_and_grads(function, query, key, value, grad_out):
-    out = function(query, key, value)
-    return [out, *torch.autograd.grad(out, (query, key, value), grad_out)]
+def forward_and_grads(function, *tensors):
+    *leaves, grad_out = tensors
+    out = function(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, grad_out)]
+
+
+CALLS = ["bfloat16", "float32", "attn_mask", "alpha", "key_lengths", "return_aux", "entmax", "entmax by alpha"]
+
+
+def call_of(kind: str, name: str = "gaussian", device: str = "cuda"):
+    """A function of its leaves, these and the gradient of out: attention with an option, or the activation."""
+    if kind.startswith("entmax"):
+        leaves = [torch.randn(40, 300), torch.rand(40, 1) * 0.8 + 1.1][: 1 + ("alpha" in kind)]
+        *leaves, grad_out = (t.to(device) for t in (*leaves, torch.randn(40, 300)))
+        return adasplash2.entmax, [t.requires_grad_() for t in leaves], grad_out
+    dtype = torch.float32 if kind == "float32" else BF16
+    *leaves, grad_out = (t.to(device) for t in cases.inputs(name, Shape(1, 2, 300, 300), dtype))
+    if kind == "attn_mask":
+        leaves.append(torch.randn(300, 300).to(device, dtype))
+    elif kind == "alpha":
+        leaves.append(torch.tensor([1.3, 1.8], device=device))
+    fixed = {"key_lengths": torch.tensor([200], device=device)} if kind == "key_lengths" else {}
+
+    def function(query, key, value, *option):
+        options = dict(zip((kind,), option, strict=False)) | fixed
+        out = adasplash2.entmax_attention(query, key, value, **options, return_aux=kind == "return_aux")
+        return out[0] if kind == "return_aux" else out
+
+    return function, [t.requires_grad_() for t in leaves], grad_out
 
 
 # ---------------------------------------------------------------------------------------------- with or without a GPU
@@ -276,13 +302,13 @@ def test_compile(backend, dynamic):
 
 
 @on_gpu
-def test_graph_capture():
+@pytest.mark.parametrize("kind", CALLS)
+def test_graph_capture(kind):
     """Forward and backward replayed on new numbers in the old places: nothing is allocated, decided or waited for."""
-    shape = Shape(1, 2, 300, 300)
-    *static, static_grad = gpu_inputs(shape)
+    function, static, static_grad = call_of(kind)
 
     def step():
-        return forward_and_grads(adasplash2.entmax_attention, *static, static_grad)
+        return forward_and_grads(function, *static, static_grad)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -293,26 +319,41 @@ def test_graph_capture():
     with torch.cuda.graph(graph):
         captured = step()
     for name in ("sparse", "dense"):
-        *fresh, fresh_grad = gpu_inputs(shape, name=name)
+        _, fresh, fresh_grad = call_of(kind, name)
         with torch.no_grad():
             for old, new in zip((*static, static_grad), (*fresh, fresh_grad), strict=True):
                 old.copy_(new)
         graph.replay()
-        for ours, eager in zip(
-            captured, forward_and_grads(adasplash2.entmax_attention, *fresh, fresh_grad), strict=True
-        ):
+        for ours, eager in zip(captured, forward_and_grads(function, *fresh, fresh_grad), strict=True):
             assert torch.equal(ours, eager)
 
 
 @on_gpu
-def test_no_synchronisation():
-    tensors = gpu_inputs(Shape(1, 2, 300, 300))
-    lengths = torch.tensor([200], device="cuda")
+@pytest.mark.parametrize("kind", CALLS)
+def test_no_synchronisation(kind):
+    function, leaves, grad_out = call_of(kind)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward_and_grads(lambda *t: adasplash2.entmax_attention(*t, key_lengths=lengths, return_aux=True)[0], *tensors)
+        forward_and_grads(function, *leaves, grad_out)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a second GPU is not here")
+@pytest.mark.parametrize("kind", CALLS)
+def test_other_device(kind):
+    """Tensors of the second GPU while the first one is current: the same bits, there; the first one stays current."""
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        torch.manual_seed(0)
+        function, leaves, grad_out = call_of(kind, device=device)
+        with torch.cuda.device(0):
+            results.append(forward_and_grads(function, *leaves, grad_out))
+            assert torch.cuda.current_device() == 0
+        assert all(tensor.device == torch.device(device) for tensor in results[-1])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first.cpu(), second.cpu())
 
 
 @on_gpu
@@ -421,6 +462,14 @@ def test_float64_is_not_built():
 def test_wide_heads_are_not_built():
     query, key, value, _ = gpu_inputs(Shape(1, 1, 10, 10, 264))
     with pytest.raises(NotImplementedError, match="256"):
+        adasplash2.entmax_attention(query, key, value)
+
+
+@on_gpu
+def test_unknown_path(monkeypatch):
+    monkeypatch.setenv("ADASPLASH2_CUDA_PATH", "sm100")
+    query, key, value, _ = gpu_inputs(Shape(1, 1, 10, 10))
+    with pytest.raises(ValueError, match="the CUDA path must be auto, sm80 or sm90, got sm100"):
         adasplash2.entmax_attention(query, key, value)
 
 

@@ -438,13 +438,36 @@ def test_double_backward_is_refused():
         grad_x.sum().backward()
 
 
-def test_functional_transforms():
-    """Forward mode is refused, also where nothing but the tangents would have been lost."""
-    x, tangent = torch.randn(4, 5), torch.randn(4, 5)
-    with pytest.raises(NotImplementedError, match=r"adasplash2\.entmax: forward-mode"):
-        torch.func.jvp(adasplash2.entmax15, (x,), (tangent,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"adasplash2\.entmax"):
-        adasplash2.sparsemax(torch.autograd.forward_ad.make_dual(x, tangent))
+@pytest.mark.parametrize("alpha", [1.5, torch.tensor(1.5)])
+def test_functional_transforms(alpha):
+    x = torch.randn(4, 5)
+
+    def entmax(x):
+        return adasplash2.entmax(x, alpha)
+
+    calls = {
+        "grad": lambda: torch.func.grad(lambda x: entmax(x).square().sum())(x),
+        "vjp": lambda: torch.func.vjp(entmax, x)[1](x),
+        "jacrev": lambda: torch.func.jacrev(entmax)(x),
+        "vmap": lambda: torch.func.vmap(entmax)(x),
+        "jvp": lambda: torch.func.jvp(entmax, (x,), (x,)),
+    }
+    for call in calls.values():
+        with pytest.raises(NotImplementedError, match=r"adasplash2\.entmax: functional transforms"):
+            call()
+    torch.func.grad(lambda x: adasplash2.entmax(x, 1.0).square().sum())(x)  # torch's softmax
+
+
+def test_forward_mode():
+    """Refused, also where nothing but the tangents would have been lost."""
+    x, alpha = torch.randn(4, 5), torch.tensor(1.4)
+    with torch.autograd.forward_ad.dual_level():
+        for arguments in (
+            (torch.autograd.forward_ad.make_dual(x, x), 2.0),
+            (x, torch.autograd.forward_ad.make_dual(alpha, alpha)),
+        ):
+            with pytest.raises(NotImplementedError, match=r"adasplash2\.entmax: forward-mode"):
+                adasplash2.entmax(*arguments)
 
 
 @pytest.mark.parametrize("alpha", [0.99, 2.01, -1.0, NAN])

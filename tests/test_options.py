@@ -223,6 +223,22 @@ def test_key_lengths(num_queries, dtype, is_causal, name, num_keys):
             assert (tensor.transpose(1, 2)[is_padding] == 0).all()
 
 
+@pytest.mark.parametrize("alpha", [1.5, 1.0])
+@pytest.mark.parametrize("num_queries", [33, 130])
+def test_key_lengths_out_of_range(num_queries, alpha):
+    """Below 0 is none, above the number of keys is all."""
+    query, key, value, _ = cases.inputs("gaussian", cases.Shape(3, 2, num_queries, 130))
+    outs = [
+        attention(query, key, value, key_lengths=torch.tensor(lengths), alpha=alpha)
+        for attention in (adasplash2.entmax_attention, reference.entmax_attention)
+        for lengths in ([-5, 2**40, 30], [0, 130, 30])
+    ]
+    for ours, same in ((outs[0], outs[1]), (outs[2], outs[3])):
+        torch.testing.assert_close(ours, same, rtol=0.0, atol=0.0, equal_nan=True)  # softmax of nothing is torch's
+    if alpha > 1.0:
+        assert not outs[0][0].any()
+
+
 def test_key_lengths_with_mask(shape):
     attn_mask = random_mask((33, shape.num_keys), "float")
     check(*cases.inputs("sparse", shape), key_lengths=torch.tensor([shape.num_keys, 30]), attn_mask=attn_mask)

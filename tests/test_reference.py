@@ -151,8 +151,3 @@ def test_attention_counts_live_tiles():
     assert aux.live_tile_fraction.tolist() == [1.0]
     assert aux.support_size[0, [0, 64, 128]].tolist() == [1, 1, 0]
     assert aux.tau[0, 128].item() == INF
-
-
-def test_method_must_fit_alpha():
-    with pytest.raises(ValueError, match=r"method='sort' needs the number alpha to be 1.5 or 2, got 1.3"):
-        reference.entmax(torch.zeros(3), 1.3, method="sort")

@@ -24,6 +24,10 @@ extern "C" int64_t backward_workspace_bytes(const AttentionProblem* problem, boo
 
 extern "C" int taken_path(const cuda::Forward* call) { return static_cast<int>(cuda::path_of(*call)); }
 
+extern "C" int path_named(const char* name) {
+  return entry([&] { cuda::path_named(name); });
+}
+
 // So that the mirror of these structs in Python cannot drift unnoticed.
 extern "C" int64_t sizeof_forward() { return sizeof(cuda::Forward); }
 extern "C" int64_t sizeof_backward() { return sizeof(cuda::Backward); }
