@@ -15,6 +15,7 @@ from cases import Shape
 from kernels import library
 from simt.emulator import SEEDS
 from tolerance import Result, assert_result, check, expect
+from torch import Tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LENGTHS = (1, 63, 64, 65, 127, 200, 257, 515)
@@ -23,6 +24,16 @@ _WIDE_HEAD_DIMS = [(200, 256), (256, 136)]
 
 pytestmark = pytest.mark.usefixtures("cuda_path")
 only_sm80 = pytest.mark.parametrize("cuda_path", ["sm80"], indirect=True)
+every_dtype = pytest.mark.parametrize(
+    "cuda_path, dtype",
+    [
+        (path, dtype)
+        for path in library.covered_paths()
+        for dtype in (BF16, FP16, FP32)
+        if (path, dtype) != ("sm90", FP32)
+    ],
+    indirect=["cuda_path"],
+)
 
 
 def check_case(name: str, shape: Shape, dtype: torch.dtype = BF16, seed: int = 0, **options: object) -> None:
@@ -393,23 +404,85 @@ def test_gradients_of_a_bad_query_row(head_dim):
         torch.testing.assert_close(ours, same, rtol=2**-7, atol=2**-7)
 
 
-def test_nan_key_poisons_the_rows_that_see_it():
-    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 130, 130), BF16)
-    clean = library.attention(query, key, value, is_causal=True)
-    key[0, 0, 70, 3] = torch.nan
-    out = library.attention(query, key, value, is_causal=True)
-    assert out[0, 0, 70:].isnan().all()
-    assert torch.equal(out[0, 0, :70], clean[0, 0, :70])
+@only_sm80
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3.4e38])
+def test_bad_rows_of_float32(bad):
+    """What no bfloat16 can be the high part of counts as NaN."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 130, 100), FP32)
+    clean = library.attention(query, key, value)
+    query[0, 0, 37, 5] = bad
+    out, aux = library.attention(query, key, value, return_aux=True)
+    is_bad = torch.arange(130) == 37
+    assert out[0, 0, is_bad].isnan().all() and aux.tau[0, 0, is_bad].isnan().all()
+    assert torch.equal(out[0, 0, ~is_bad], clean[0, 0, ~is_bad])
 
 
-def test_key_of_minus_infinity_takes_no_part():
-    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 64, 100), BF16)
-    query = query.abs()
-    without = torch.cat([key[:, :, :20], key[:, :, 21:]], 2), torch.cat([value[:, :, :20], value[:, :, 21:]], 2)
-    key[0, 0, 20] = -torch.inf
-    torch.testing.assert_close(
-        library.attention(query, key, value), library.attention(query, *without), rtol=2**-7, atol=2**-7
-    )
+@every_dtype
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_key_gradients(bad, head_dim, dtype):
+    """Rows for which the key scores NaN or +inf are NaN and count for nothing; to the others it is as if it were not
+    there, in out, tau and gradients. But for those rows whose block has a live tile with the key its column of their
+    gradient may be NaN, as products take whole tiles."""
+    num, bad_key, column, block = 150, 70, 5, 64
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 1, num, num, head_dim), dtype)
+    key[0, 0, bad_key, column] = bad
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    out, aux = library.attention(*leaves, is_causal=True, return_aux=True)
+    grads = dict(zip(("query", "key", "value"), torch.autograd.grad(out, leaves, grad_out), strict=True))
+    takes_no_part = query.detach()[0, 0, :, column] * bad == -math.inf if dtype != FP32 else torch.zeros(num).bool()
+    is_bad = (torch.arange(num) >= bad_key) & ~takes_no_part
+    assert is_bad.any()
+    for rows in (out, aux.tau[..., None], grads["query"]):
+        assert rows[:, :, is_bad].isnan().all() and not rows[:, :, ~is_bad].isnan().all(-1).any()
+
+    mask = torch.ones(num, num, dtype=torch.bool).tril()
+    mask[:, bad_key] = False
+    finite_key = key.detach().masked_fill(~key.isfinite(), 0.0)
+    without = [t.detach().requires_grad_() for t in (query[:, :, ~is_bad], finite_key, value)]
+    expected = expect(*without, grad_out[:, :, ~is_bad], attn_mask=mask[~is_bad])
+    grads["query"] = grads["query"][:, :, ~is_bad]
+    spoiled = (slice(None), slice(None), slice(block, None), column)  # the first block sees no key of the tile
+    grads["query"][spoiled] = expected.oracle.grads["query"][spoiled].to(dtype)
+    aux = aux._replace(tau=aux.tau[:, :, ~is_bad])
+    assert_result(Result(out[:, :, ~is_bad], aux, grads), expected)
+
+
+def out_and_gradients(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    out = library.attention(*leaves, is_causal=True)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+
+
+@every_dtype
+def test_nan_in_a_value(dtype):
+    """May reach rows that do not attend to it, but none whose block of 64 has no live tile with it, and of out its
+    column alone. It never reaches probabilities."""
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 1, 150, 150), dtype)
+    clean = out_and_gradients(query, key, value, grad_out)
+    value[0, 0, 70, 5] = torch.nan
+    ours = out_and_gradients(query, key, value, grad_out)
+    other_columns = torch.arange(64) != 5
+    assert ours[0][0, 0, 70:, 5].isnan().any()
+    assert torch.equal(ours[0][..., other_columns], clean[0][..., other_columns])
+    for i in (0, 1):  # the first block sees no key of the tile
+        assert torch.equal(ours[i][:, :, :64], clean[i][:, :, :64])
+    assert torch.equal(ours[3], clean[3])
+
+
+@every_dtype
+def test_nan_in_the_gradient_of_out(dtype):
+    """May reach keys that its row does not attend to, but none whose tile is dead for its block of 64."""
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 1, 150, 150), dtype)
+    clean = out_and_gradients(query, key, value, grad_out)
+    grad_out[0, 0, 70, 5] = torch.nan
+    ours = out_and_gradients(query, key, value, grad_out)
+    other_rows, other_columns = torch.arange(150) != 70, torch.arange(64) != 5
+    assert ours[1][0, 0, 70].isnan().all() and ours[2][0, 0, :71].isnan().any() and ours[3][0, 0, :71, 5].isnan().any()
+    assert torch.equal(ours[1][:, :, other_rows], clean[1][:, :, other_rows])
+    assert torch.equal(ours[3][..., other_columns], clean[3][..., other_columns])
+    for i in (2, 3):  # the block of row 70 ends with row 127
+        assert torch.equal(ours[i][:, :, 128:], clean[i][:, :, 128:])
 
 
 def test_rows_of_a_block_that_share_no_tiles():

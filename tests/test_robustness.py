@@ -152,6 +152,32 @@ def test_nan_key_poisons_every_row_that_sees_it(path, name, dtype, shape):
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["sparse", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bad_key_gradients(bad, name, dtype, shape):
+    """To rows that do not see the key, or for which it scores -inf, it is as if it were not there. The others are NaN
+    and count for nothing."""
+    query, key, value, grad_out = cases.inputs(name, shape, dtype)
+    bad_key = shape.num_keys - 40  # query i sees key j <= i + Nk - 70
+    key[:, :, bad_key, 3] = bad
+    result = backward(adasplash2.entmax_attention, (query, key, value, grad_out), is_causal=True)
+    mask = torch.ones(70, shape.num_keys, dtype=torch.bool).tril(shape.num_keys - 70)
+    is_bad = mask[:, bad_key] & ~(query.detach()[..., 3] * bad == -INF)
+    for rows in (result.out, result.aux.tau[..., None], result.grads["query"]):
+        assert rows[is_bad].isnan().all() and rows[~is_bad].isfinite().all()
+
+    mask[:, bad_key] = False
+    head, rows = (slice(1, 2), slice(1, 2)), ~is_bad[1, 1]
+    tensors = [t.detach()[head] for t in (query[:, :, rows], key.nan_to_num(0.0, 0.0, 0.0), value)]
+    expected = tolerance.expect(
+        *(t.requires_grad_() for t in tensors), grad_out[:, :, rows][head], attn_mask=mask[rows]
+    )
+    grads = {n: grad[head][:, :, rows] if n == "query" else grad[head] for n, grad in result.grads.items()}
+    aux = result.aux._replace(tau=result.aux.tau[head][..., rows])
+    tolerance.assert_result(tolerance.Result(result.out[head][:, :, rows], aux, grads), expected)
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", ["sparse", "dense", "mixed_rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_bad_value_reaches_only_the_rows_that_attend_to_it(path, bad, name, dtype, shape):
