@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -211,6 +212,19 @@ def poisoned(tensor: Tensor, layout: str = "slice") -> Tensor:
         view = tensor.new_full((*leading, rows, 2 * cols + 1), float("nan"))[..., 1::2][..., :cols]
     else:
         raise ValueError(f"layout must be slice, transposed or strided, got {layout}")
+    view.copy_(tensor)
+    return view
+
+
+def far_apart(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same values with these strides, in address space of which no more is backed by memory than is touched."""
+    noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.13 on
+    num_elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    memory = mmap.mmap(
+        -1, num_elements * tensor.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve
+    )
+    memory.madvise(mmap.MADV_NOHUGEPAGE)  # a row takes a page, not 2 MB
+    view = torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, strides)
     view.copy_(tensor)
     return view
 

@@ -523,6 +523,47 @@ def test_rows_of_larger_buffers(is_causal):
     check(library.attention, *tensors, grad_out, is_causal=is_causal)
 
 
+@pytest.mark.skipif(library.has_gpu(), reason="address space without memory is the host's")
+@every_dtype
+def test_offsets_beyond_two_to_the_31(dtype):
+    """Rows, heads and sequences 2^31 elements apart and more: the same bits as of contiguous tensors."""
+    tensors = cases.inputs("gaussian", Shape(2, 2, 20, 70, kv_heads=1), dtype)
+    *near, near_grad_out = tensors
+    *far, far_grad_out = (
+        cases.far_apart(t, (2**31 * t.shape[2] * t.shape[1], 2**31 * t.shape[2], 2**31, 1)) for t in tensors
+    )
+    runs = [library.forward(library.build(), *inputs) for inputs in (near, far)]
+    assert runs[1].path == library.path
+    assert torch.equal(runs[1].out, runs[0].out) and torch.equal(runs[1].tau, runs[0].tau)
+    grads = [
+        library.backward(library.build(), run, grad_out)
+        for run, grad_out in zip(runs, (near_grad_out, far_grad_out), strict=True)
+    ]
+    for name in ("query", "key", "value"):
+        near_grad, far_grad = (getattr(grad, name) for grad in grads)
+        assert near_grad.isfinite().all() and torch.equal(far_grad, near_grad)
+
+
+@only_sm80
+@pytest.mark.skipif(library.has_gpu(), reason="address space without memory is the host's")
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("columns_apart", [False, True])
+def test_offsets_of_attn_mask_beyond_two_to_the_31(columns_apart, kind):
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(2, 2, 20, 70), BF16)
+    mask = torch.randn(2, 2, 20, 70).to(BF16)
+    mask = mask > 0 if kind == "bool" else mask
+    strides = (2**37 + 8, 2**36, 2**31, 1)
+    if columns_apart:
+        mask, strides = mask[:, :, :1], (2**38 + 1, 2**38, 2**31, 2**31)
+    far_mask = cases.far_apart(mask, strides).expand(2, 2, 20, 70)
+    runs = [library.forward(library.build(), query, key, value, attn_mask=m) for m in (mask, far_mask)]
+    assert torch.equal(runs[1].out, runs[0].out) and torch.equal(runs[1].tau, runs[0].tau)
+    grads = [library.backward(library.build(), run, grad_out) for run in runs]
+    for name in ("query", "key", "value"):
+        near_grad, far_grad = (getattr(grad, name) for grad in grads)
+        assert near_grad.isfinite().all() and torch.equal(far_grad, near_grad)
+
+
 def test_same_bits_under_every_schedule():
     query, key, value, grad_out = (
         t.to(library.device()) for t in cases.inputs("gaussian", Shape(1, 2, 150, 200), BF16)

@@ -65,6 +65,29 @@ def test_empty_and_single(path, shape, is_causal, dtype):
         assert torch.equal(result.grads["value"], tensors[3])
 
 
+@pytest.mark.parametrize("columns_apart", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_offsets_beyond_two_to_the_31(dtype, is_masked, columns_apart):
+    """Columns or rows, heads and sequences 2^31 elements apart and more: as contiguous tensors."""
+
+    def far(tensor: torch.Tensor) -> torch.Tensor:
+        column = 2**31 if columns_apart else 1
+        row = column * tensor.shape[3] if columns_apart else 2**31
+        return cases.far_apart(tensor, (row * tensor.shape[2] * tensor.shape[1], row * tensor.shape[2], row, column))
+
+    *inputs, grad_out = cases.inputs("sparse", cases.Shape(2, 2, 20, 70, 8, kv_heads=1), dtype)
+    options = {"enable_gqa": True, "attn_mask": torch.randn(2, 2, 20, 70).to(dtype) if is_masked else None}
+    near = backward(adasplash2.entmax_attention, (*inputs, grad_out), **options)
+    if is_masked:
+        options["attn_mask"] = far(options["attn_mask"])
+    ours = backward(adasplash2.entmax_attention, tuple(map(far, (*inputs, grad_out))), **options)
+    assert_near(ours.out, near.out)
+    assert_near(ours.aux.tau, near.aux.tau)
+    for name, grad in ours.grads.items():
+        assert_near(grad, near.grads[name])
+
+
 # ---------------------------------------------------------------------------------------------- rows without keys
 
 
