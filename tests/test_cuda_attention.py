@@ -192,8 +192,9 @@ def test_gradient_of_alpha(alphas, head_dim):
     torch.testing.assert_close(grads[0], clean)
 
 
-def test_grouped_heads():
-    check_case("gaussian", Shape(2, 8, 65, 70, kv_heads=4), seed=4, is_causal=True)
+@pytest.mark.parametrize("head_dim, kv_heads", [(64, 4), (128, 1)])
+def test_grouped_heads(head_dim, kv_heads):
+    check_case("gaussian", Shape(2, 8, 65, 70, head_dim, kv_heads), seed=4, is_causal=True)
 
 
 def test_batches_and_scale():
@@ -309,10 +310,11 @@ def test_lengths_of_sequences(num_queries, is_causal):
             assert not result.out[batch].any() and result.aux.tau[batch].isposinf().all()
 
 
-def test_padding_never_reaches_gradients():
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_padding_never_reaches_gradients(head_dim):
     """Rows past the lengths, of queries, keys, values and of the gradient of out, hold NaN: the same bits come out."""
     lengths = torch.tensor([0, 1, 64, 97, 130])
-    tensors = cases.inputs("gaussian", Shape(len(lengths), 2, 130, 130, kv_heads=1), BF16)
+    tensors = cases.inputs("gaussian", Shape(len(lengths), 2, 130, 130, head_dim, kv_heads=1), BF16)
     padded = [t.clone() for t in tensors]
     for batch, length in enumerate(lengths):
         for tensor in padded:
@@ -480,7 +482,8 @@ def test_nan_in_the_gradient_of_out(dtype):
         assert torch.equal(ours[i][:, :, 128:], clean[i][:, :, 128:])
 
 
-def test_rows_of_a_block_that_share_no_tiles():
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_of_a_block_that_share_no_tiles(head_dim):
     """Rows 0-63 attend to the first and the last keys, rows 64-127 to those between: more tiles than a ring has stages
     pass by a consumer that has none of them."""
     generator = torch.Generator().manual_seed(0)
@@ -488,14 +491,14 @@ def test_rows_of_a_block_that_share_no_tiles():
     def noise(*size: int) -> torch.Tensor:
         return torch.randn(1, 1, *size, generator=generator)
 
-    query, key = 0.5 * noise(128, 64), 0.1 * noise(1300, 64)
+    query, key = 0.5 * noise(128, head_dim), 0.1 * noise(1300, head_dim)
     query[..., :64, 0] += 40
     query[..., 64:, 1] += 40
     key[..., :100, 0] += 1
     key[..., 1250:, 0] += 1
     key[..., 64:1270, 1] += 1
-    tensors = [t.to(BF16).requires_grad_() for t in (query, key, noise(1300, 64))]
-    check(library.attention, *tensors, noise(128, 64).to(BF16))
+    tensors = [t.to(BF16).requires_grad_() for t in (query, key, noise(1300, head_dim))]
+    check(library.attention, *tensors, noise(128, head_dim).to(BF16))
     mask = library.latest()[0].block_mask[0, 0]
     assert mask.any(0).all() and not mask[:4, 2:19].any()
 
@@ -559,9 +562,10 @@ def test_offsets_of_attn_mask_beyond_two_to_the_31(columns_apart, kind):
         assert near_grad.isfinite().all() and torch.equal(far_grad, near_grad)
 
 
-def test_same_bits_under_every_schedule():
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_same_bits_under_every_schedule(head_dim):
     query, key, value, grad_out = (
-        t.to(library.device()) for t in cases.inputs("gaussian", Shape(1, 2, 150, 200), BF16)
+        t.to(library.device()) for t in cases.inputs("gaussian", Shape(1, 2, 150, 200, head_dim), BF16)
     )
     runs = []
     for seed in SEEDS:
