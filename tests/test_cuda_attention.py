@@ -627,3 +627,46 @@ def test_path_is_chosen_by_device_and_case():
             library.path = "sm90"
             with pytest.raises(Exception, match=reason):
                 taken(*tensors)
+
+
+@pytest.mark.skipif(library.has_gpu(), reason="the emulated device can be any")
+@pytest.mark.parametrize("cuda_path", ["auto"], indirect=True)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
+def test_path_is_chosen_by_compute_capability(capability):
+    """sm_90a is of one generation: newer GPUs take the portable kernels too."""
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 1, 20, 70), BF16)
+    build = library.build()
+    with build.on_device(*capability):
+        run = library.forward(build, query, key, value)
+        assert run.path == ("sm90" if capability == (9, 0) else "sm80")
+        library.backward(build, run, grad_out)
+        if capability == (9, 0):
+            return
+        library.path = "sm90"
+        for call in (
+            lambda: library.forward(build, query, key, value),
+            lambda: library.backward(build, run, grad_out),
+        ):
+            with pytest.raises(Exception, match=r"not of compute capability 9\.0"):
+                call()
+
+
+@pytest.mark.skipif("sm90" not in library.covered_paths(), reason="there is no choice")
+@pytest.mark.parametrize("cuda_path", ["auto"], indirect=True)
+@pytest.mark.parametrize(
+    "dtype, options, reason",
+    [
+        (BF16, {"attn_mask": torch.ones(20, 70, dtype=torch.bool)}, "attn_mask"),
+        (FP16, {"scale": 0.0}, "scale"),
+        (BF16, {"scale": -0.1}, "scale"),
+        (FP32, {}, "bfloat16 and float16"),
+    ],
+    ids=["attn_mask", "scale 0", "scale -0.1", "float32"],
+)
+def test_what_takes_the_portable_path_on_hopper(dtype, options, reason):
+    tensors = [t.to(library.device()) for t in cases.inputs("gaussian", Shape(1, 1, 20, 70), dtype)]
+    options = {name: t.to(library.device()) if isinstance(t, Tensor) else t for name, t in options.items()}
+    assert library.forward(library.build(), *tensors[:3], **options).path == "sm80"
+    library.path = "sm90"
+    with pytest.raises(Exception, match=reason):
+        library.forward(library.build(), *tensors[:3], **options)
