@@ -107,7 +107,10 @@ def entmax_attention(
     Returns:
         ``(..., Hq, Nq, Dv)``, of the dtype of ``query``; with ``return_aux`` a pair of it and an :class:`AttentionAux`.
         A row without keys is zero. A row with a NaN or +inf score is NaN (and no other row); its gradient with respect
-        to ``query`` is NaN, and it adds nothing to the other gradients.
+        to ``query`` is NaN, and it adds nothing to the other gradients. On CUDA, entries of ``key``, ``value`` or the
+        gradient of the result that are NaN or infinite may spread further, within tiles of 64 queries and 64 keys that
+        have a probability above zero, and an infinite entry of ``query`` or ``key`` in float32 counts as NaN:
+        docs/algorithm.md, "Rows that are special".
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or alpha are not as described.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import mmap
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -215,6 +218,19 @@ def poisoned(tensor: Tensor, layout: str = "slice") -> Tensor:
     return view
 
 
+def far_apart(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same values with these strides, in address space of which no more is backed by memory than is touched."""
+    noreserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.13 on
+    num_elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    memory = mmap.mmap(
+        -1, num_elements * tensor.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | noreserve
+    )
+    memory.madvise(mmap.MADV_NOHUGEPAGE)  # a row takes a page, not 2 MB
+    view = torch.frombuffer(memory, dtype=tensor.dtype).as_strided(tensor.shape, strides)
+    view.copy_(tensor)
+    return view
+
+
 @dataclass(frozen=True)
 class Case:
     """One named input at one size, dtype and alpha."""
@@ -297,3 +313,100 @@ LONG_CASES = [
     _long("huge_scores", 127, 1025),
     _long("block_structured", 1025, 1025, torch.bfloat16),
 ]
+
+
+# ---- instances of the CUDA kernels ----
+
+INSTANCE_LENGTHS = (1, 63, 64, 65, 127, 200, 257, 515)
+INSTANCE_HEAD_DIMS = {  # of the kernels: of query and key, and of value
+    64: ((64, 64), (40, 64), (8, 8)),
+    128: ((128, 128), (64, 96), (96, 40)),
+    256: ((256, 256), (200, 256), (256, 136)),
+}
+INSTANCE_ALPHAS = {1.5: "1.5", 2.0: "2", 1.25: "general", "per head": "general"}  # and which kernels take them
+INSTANCE_HEADS = ((1, 1), (2, 1), (8, 1))  # of query and of key
+
+
+@dataclass(frozen=True)
+class InstanceCase:
+    """One problem for one instance of the CUDA kernels. All fields but the first four rotate among instances."""
+
+    dtype: torch.dtype
+    instance_head_dim: int
+    alpha: float | str
+    mask: str | None
+    head_dims: tuple[int, int]
+    num_queries: int
+    num_keys: int
+    heads: tuple[int, int]
+    is_causal: bool
+    is_padded: bool  # key_lengths, with NaN past them
+    name: str
+    seed: int
+
+    @property
+    def instance(self) -> tuple[torch.dtype, int, str, bool]:
+        return self.dtype, self.instance_head_dim, INSTANCE_ALPHAS[self.alpha], self.mask is not None
+
+    @property
+    def shape(self) -> Shape:
+        head_dim, value_head_dim = self.head_dims
+        num_heads, kv_heads = self.heads
+        return Shape(1, num_heads, self.num_queries, self.num_keys, head_dim, kv_heads, value_head_dim)
+
+    @property
+    def size(self) -> int:
+        """Products of 16 bits, which the time in the emulator goes by."""
+        products = 3 if self.dtype == torch.float32 else 1
+        return self.heads[0] * self.num_queries * self.num_keys * self.instance_head_dim * products
+
+    def pairs(self) -> set[tuple[object, ...]]:
+        """Of any two fields their values."""
+        fields = {**vars(self), "is_square": self.num_keys == self.num_queries}
+        return {(a, fields[a], b, fields[b]) for a, b in itertools.combinations(fields, 2)}
+
+    def __str__(self) -> str:
+        options = [f"alpha{self.alpha}".replace(" ", "_"), self.mask and f"{self.mask}mask"]
+        options += [name for name in ("causal", "padded") if getattr(self, f"is_{name}")]
+        sizes = f"{self.num_queries}x{self.num_keys}-d{self.head_dims[0]}_{self.head_dims[1]}-h{self.heads[0]}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return "-".join([self.name, dtype, sizes, *filter(None, options), str(self.seed)])
+
+
+def instance_cases(
+    dtypes: tuple[torch.dtype, ...], head_dims: tuple[int, ...], masks: tuple[str | None, ...], num_cases: int
+) -> list[InstanceCase]:
+    """Every kernel instance, and greedily the most pairs of all that a case is made of, in problems of bounded size."""
+    rng = random.Random(0)
+    names = ("gaussian", "sparse", "dense", "one_hot", "tied", "constant", "rising", "border")
+    largest = 515 * 515 * 64
+
+    def candidate(instance: tuple[torch.dtype, int, str, bool]) -> InstanceCase:
+        dtype, head_dim, kind, has_mask = instance
+        num_queries = rng.choice(INSTANCE_LENGTHS)
+        return InstanceCase(
+            dtype,
+            head_dim,
+            alpha=rng.choice([alpha for alpha, of_kind in INSTANCE_ALPHAS.items() if of_kind == kind]),
+            mask=rng.choice([mask for mask in masks if mask]) if has_mask else None,
+            head_dims=rng.choice(INSTANCE_HEAD_DIMS[head_dim]),
+            num_queries=num_queries,
+            num_keys=num_queries if rng.random() < 0.4 else rng.choice(INSTANCE_LENGTHS),
+            heads=rng.choice(INSTANCE_HEADS),
+            is_causal=not has_mask and rng.random() < 0.5,
+            is_padded=rng.random() < 0.3,
+            name=rng.choice(names),
+            seed=rng.randrange(4),
+        )
+
+    has_masks = sorted({mask is not None for mask in masks})
+    instances = list(itertools.product(dtypes, head_dims, sorted(set(INSTANCE_ALPHAS.values())), has_masks))
+    result: list[InstanceCase] = []
+    seen: set[tuple[object, ...]] = set()
+    for index in range(num_cases):
+        of_instance = instances[index % len(instances)]
+        found = [case for case in (candidate(of_instance) for _ in range(60)) if case.size <= largest]
+        best = max(found, key=lambda case: len(case.pairs() - seen) - 6.0 * case.size / largest)
+        seen |= best.pairs()
+        result.append(best)
+    return result

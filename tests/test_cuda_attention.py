@@ -15,14 +15,26 @@ from cases import Shape
 from kernels import library
 from simt.emulator import SEEDS
 from tolerance import Result, assert_result, check, expect
+from torch import Tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-LENGTHS = (1, 63, 64, 65, 127, 200, 257, 515)
-_HEAD_DIMS = [(8, 8), (40, 64), (64, 96), (96, 40), (128, 128)]
-_WIDE_HEAD_DIMS = [(200, 256), (256, 136)]
+INSTANCE_CASES = {
+    "sm80": cases.instance_cases((BF16, FP16, FP32), (64, 128, 256), (None, "bool", "float"), num_cases=54),
+    "sm90": cases.instance_cases((BF16, FP16), (64, 128), (None,), num_cases=36),
+}
 
 pytestmark = pytest.mark.usefixtures("cuda_path")
 only_sm80 = pytest.mark.parametrize("cuda_path", ["sm80"], indirect=True)
+every_dtype = pytest.mark.parametrize(
+    "cuda_path, dtype",
+    [
+        (path, dtype)
+        for path in library.covered_paths()
+        for dtype in (BF16, FP16, FP32)
+        if (path, dtype) != ("sm90", FP32)
+    ],
+    indirect=["cuda_path"],
+)
 
 
 def check_case(name: str, shape: Shape, dtype: torch.dtype = BF16, seed: int = 0, **options: object) -> None:
@@ -34,14 +46,50 @@ def check_case(name: str, shape: Shape, dtype: torch.dtype = BF16, seed: int = 0
     check(attention, query, key, value, grad_out, enable_gqa=shape.kv_heads is not None, **options)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_lengths(length, is_causal):
-    check_case("gaussian", Shape(1, 1, length, length), seed=length, is_causal=is_causal)
+def test_every_instance_has_a_case(cuda_path):
+    """dtype x head dim of the kernel x kind of alpha x whether there is a mask."""
+    num_instances = {"sm80": 3 * 3 * 3 * 2, "sm90": 2 * 2 * 3 * 1}[cuda_path]
+    assert len({case.instance for case in INSTANCE_CASES[cuda_path]}) == num_instances
+
+
+@pytest.mark.parametrize(
+    "cuda_path, case",
+    [
+        pytest.param(path, case, id=f"{path}-{case}")
+        for path in library.covered_paths()
+        for case in INSTANCE_CASES[path]
+    ],
+    indirect=["cuda_path"],
+)
+def test_instances(case):
+    """Where rows have one key, dS is rounding alone: test_support_of_one_key bounds it."""
+    query, key, value, grad_out = cases.inputs(case.name, case.shape, case.dtype, case.seed)
+    num_queries, num_keys, generator = case.num_queries, case.num_keys, torch.Generator().manual_seed(case.seed)
+    options = {"is_causal": case.is_causal, "alpha": case.alpha}
+    if case.alpha == "per head":
+        options["alpha"] = torch.linspace(1.2, 2.0, case.heads[0], dtype=torch.float64).requires_grad_()
+    if case.mask is not None:
+        is_seen = torch.rand(num_queries, num_keys, generator=generator) < 0.7
+        is_seen[: num_queries // 8] = False  # rows without keys
+        bias = torch.randn(num_queries, num_keys, generator=generator).to(case.dtype).masked_fill(~is_seen, -torch.inf)
+        options["attn_mask"] = is_seen if case.mask == "bool" else bias.requires_grad_()
+    length = num_keys * 2 // 3 if case.is_padded else num_keys
+    if case.is_padded:
+        options["key_lengths"] = torch.tensor([length])
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, **options: object) -> object:
+        is_padding = (torch.arange(num_keys) >= length)[:, None]
+        key, value = (t.masked_fill(is_padding, torch.nan) for t in (key, value))
+        query = query.masked_fill(is_padding, torch.nan) if num_queries == num_keys else query
+        return library.attention(query, key, value, seed=SEEDS[case.seed], **options)
+
+    has_gradients = num_keys > 1 and case.name != "one_hot" and (case.name, case.alpha) != ("border", 2.0)
+    leaves = [t.requires_grad_(has_gradients) for t in (query, key, value)]
+    check(attention, *leaves, grad_out if has_gradients else None, enable_gqa=True, **options)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("num_queries, num_keys", [(1, 257), (257, 2), (65, 200), (200, 65), (130, 127)])
+@pytest.mark.parametrize("num_queries, num_keys", [(1, 257), (257, 2), (130, 127)])
 def test_as_many_queries_as_keys_is_not_needed(num_queries, num_keys, is_causal):
     check_case("gaussian", Shape(1, 1, num_queries, num_keys), seed=num_keys, is_causal=is_causal)
 
@@ -68,11 +116,6 @@ def test_support_of_one_key(name, shape, dtype):
     expected = torch.zeros_like(value, dtype=torch.float64)
     expected.index_add_(2, best[0, 0], grad_out.double())
     torch.testing.assert_close(grad_value.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["gaussian", "sparse", "dense", "constant", "huge_scores"])
-def test_float16(name):
-    check_case(name, Shape(1, 2, 100, 130), FP16, seed=1)
 
 
 @only_sm80
@@ -107,18 +150,6 @@ def test_alphas_of_float32(name, alpha):
 
 
 @only_sm80
-@pytest.mark.parametrize("head_dim, value_head_dim", _HEAD_DIMS + _WIDE_HEAD_DIMS)
-def test_head_dims_of_float32(head_dim, value_head_dim):
-    check_case("gaussian", Shape(1, 4, 70, 100, head_dim, 2, value_head_dim), FP32, seed=3)
-
-
-@only_sm80
-def test_alphas_of_float32_at_head_dim_256():
-    check_case("dense", Shape(1, 2, 70, 100, 256, 1), FP32, seed=1, alpha=1.25, is_causal=True)
-    check_case("gaussian", Shape(1, 1, 70, 100, 256), FP32, seed=2, alpha=2.0)
-
-
-@only_sm80
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_options_of_float32(head_dim):
     shape, lengths = Shape(2, 2, 90, 90, head_dim), torch.tensor([90, 33])
@@ -128,34 +159,10 @@ def test_options_of_float32(head_dim):
     check_case("gaussian", shape, FP32, seed=2, attn_mask=mask.detach() > 0)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("head_dim, value_head_dim", _HEAD_DIMS)
-def test_head_dims(head_dim, value_head_dim, dtype):
-    check_case("gaussian", Shape(1, 1, 130, 100, head_dim, value_head_dim=value_head_dim), dtype, seed=head_dim // 8)
-
-
-@only_sm80
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("head_dim, value_head_dim", _WIDE_HEAD_DIMS)
-def test_wide_head_dims(head_dim, value_head_dim, dtype):
-    check_case("gaussian", Shape(1, 1, 130, 100, head_dim, value_head_dim=value_head_dim), dtype, seed=head_dim // 8)
-
-
 @pytest.mark.parametrize("alpha", [2.0, 1.25, 1.1, 1.75])
 @pytest.mark.parametrize("name", ["gaussian", "dense", "rising"])
 def test_alphas(name, alpha):
     check_case(name, Shape(1, 1, 100, 150), seed=2, alpha=alpha)
-
-
-@pytest.mark.parametrize("alpha", [2.0, 1.25])
-def test_alphas_at_head_dim_128(alpha):
-    check_case("gaussian", Shape(1, 1, 70, 130, 128), seed=3, alpha=alpha, is_causal=True)
-
-
-@only_sm80
-@pytest.mark.parametrize("alpha", [2.0, 1.25])
-def test_alphas_at_head_dim_256(alpha):
-    check_case("gaussian", Shape(1, 1, 70, 130, 256), seed=3, alpha=alpha, is_causal=True)
 
 
 def test_alpha_of_each_head():
@@ -185,9 +192,9 @@ def test_gradient_of_alpha(alphas, head_dim):
     torch.testing.assert_close(grads[0], clean)
 
 
-@pytest.mark.parametrize("kv_heads", [8, 4, 1])
-def test_grouped_heads(kv_heads):
-    check_case("gaussian", Shape(1, 8, 65, 70, kv_heads=kv_heads), seed=kv_heads, is_causal=kv_heads == 4)
+@pytest.mark.parametrize("head_dim, kv_heads", [(64, 4), (128, 1)])
+def test_grouped_heads(head_dim, kv_heads):
+    check_case("gaussian", Shape(2, 8, 65, 70, head_dim, kv_heads), seed=4, is_causal=True)
 
 
 def test_batches_and_scale():
@@ -303,10 +310,11 @@ def test_lengths_of_sequences(num_queries, is_causal):
             assert not result.out[batch].any() and result.aux.tau[batch].isposinf().all()
 
 
-def test_padding_never_reaches_gradients():
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_padding_never_reaches_gradients(head_dim):
     """Rows past the lengths, of queries, keys, values and of the gradient of out, hold NaN: the same bits come out."""
     lengths = torch.tensor([0, 1, 64, 97, 130])
-    tensors = cases.inputs("gaussian", Shape(len(lengths), 2, 130, 130, kv_heads=1), BF16)
+    tensors = cases.inputs("gaussian", Shape(len(lengths), 2, 130, 130, head_dim, kv_heads=1), BF16)
     padded = [t.clone() for t in tensors]
     for batch, length in enumerate(lengths):
         for tensor in padded:
@@ -393,26 +401,89 @@ def test_gradients_of_a_bad_query_row(head_dim):
         torch.testing.assert_close(ours, same, rtol=2**-7, atol=2**-7)
 
 
-def test_nan_key_poisons_the_rows_that_see_it():
-    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 130, 130), BF16)
-    clean = library.attention(query, key, value, is_causal=True)
-    key[0, 0, 70, 3] = torch.nan
-    out = library.attention(query, key, value, is_causal=True)
-    assert out[0, 0, 70:].isnan().all()
-    assert torch.equal(out[0, 0, :70], clean[0, 0, :70])
+@only_sm80
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3.4e38])
+def test_bad_rows_of_float32(bad):
+    """What no bfloat16 can be the high part of counts as NaN."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 130, 100), FP32)
+    clean = library.attention(query, key, value)
+    query[0, 0, 37, 5] = bad
+    out, aux = library.attention(query, key, value, return_aux=True)
+    is_bad = torch.arange(130) == 37
+    assert out[0, 0, is_bad].isnan().all() and aux.tau[0, 0, is_bad].isnan().all()
+    assert torch.equal(out[0, 0, ~is_bad], clean[0, 0, ~is_bad])
 
 
-def test_key_of_minus_infinity_takes_no_part():
-    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 64, 100), BF16)
-    query = query.abs()
-    without = torch.cat([key[:, :, :20], key[:, :, 21:]], 2), torch.cat([value[:, :, :20], value[:, :, 21:]], 2)
-    key[0, 0, 20] = -torch.inf
-    torch.testing.assert_close(
-        library.attention(query, key, value), library.attention(query, *without), rtol=2**-7, atol=2**-7
-    )
+@every_dtype
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_key_gradients(bad, head_dim, dtype):
+    """Rows for which the key scores NaN or +inf are NaN and count for nothing; to the others it is as if it were not
+    there, in out, tau and gradients. But for those rows whose block has a live tile with the key its column of their
+    gradient may be NaN, as products take whole tiles."""
+    num, bad_key, column, block = 150, 70, 5, 64
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 1, num, num, head_dim), dtype)
+    key[0, 0, bad_key, column] = bad
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    out, aux = library.attention(*leaves, is_causal=True, return_aux=True)
+    grads = dict(zip(("query", "key", "value"), torch.autograd.grad(out, leaves, grad_out), strict=True))
+    takes_no_part = query.detach()[0, 0, :, column] * bad == -math.inf if dtype != FP32 else torch.zeros(num).bool()
+    is_bad = (torch.arange(num) >= bad_key) & ~takes_no_part
+    assert is_bad.any()
+    for rows in (out, aux.tau[..., None], grads["query"]):
+        assert rows[:, :, is_bad].isnan().all() and not rows[:, :, ~is_bad].isnan().all(-1).any()
+
+    mask = torch.ones(num, num, dtype=torch.bool).tril()
+    mask[:, bad_key] = False
+    finite_key = key.detach().masked_fill(~key.isfinite(), 0.0)
+    without = [t.detach().requires_grad_() for t in (query[:, :, ~is_bad], finite_key, value)]
+    expected = expect(*without, grad_out[:, :, ~is_bad], attn_mask=mask[~is_bad])
+    grads["query"] = grads["query"][:, :, ~is_bad]
+    spoiled = (slice(None), slice(None), slice(block, None), column)  # the first block sees no key of the tile
+    grads["query"][spoiled] = expected.oracle.grads["query"][spoiled].to(dtype)
+    aux = aux._replace(tau=aux.tau[:, :, ~is_bad])
+    assert_result(Result(out[:, :, ~is_bad], aux, grads), expected)
 
 
-def test_rows_of_a_block_that_share_no_tiles():
+def out_and_gradients(query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    out = library.attention(*leaves, is_causal=True)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
+
+
+@every_dtype
+def test_nan_in_a_value(dtype):
+    """May reach rows that do not attend to it, but none whose block of 64 has no live tile with it, and of out its
+    column alone. It never reaches probabilities."""
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 1, 150, 150), dtype)
+    clean = out_and_gradients(query, key, value, grad_out)
+    value[0, 0, 70, 5] = torch.nan
+    ours = out_and_gradients(query, key, value, grad_out)
+    other_columns = torch.arange(64) != 5
+    assert ours[0][0, 0, 70:, 5].isnan().any()
+    assert torch.equal(ours[0][..., other_columns], clean[0][..., other_columns])
+    for i in (0, 1):  # the first block sees no key of the tile
+        assert torch.equal(ours[i][:, :, :64], clean[i][:, :, :64])
+    assert torch.equal(ours[3], clean[3])
+
+
+@every_dtype
+def test_nan_in_the_gradient_of_out(dtype):
+    """May reach keys that its row does not attend to, but none whose tile is dead for its block of 64."""
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 1, 150, 150), dtype)
+    clean = out_and_gradients(query, key, value, grad_out)
+    grad_out[0, 0, 70, 5] = torch.nan
+    ours = out_and_gradients(query, key, value, grad_out)
+    other_rows, other_columns = torch.arange(150) != 70, torch.arange(64) != 5
+    assert ours[1][0, 0, 70].isnan().all() and ours[2][0, 0, :71].isnan().any() and ours[3][0, 0, :71, 5].isnan().any()
+    assert torch.equal(ours[1][:, :, other_rows], clean[1][:, :, other_rows])
+    assert torch.equal(ours[3][..., other_columns], clean[3][..., other_columns])
+    for i in (2, 3):  # the block of row 70 ends with row 127
+        assert torch.equal(ours[i][:, :, 128:], clean[i][:, :, 128:])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_rows_of_a_block_that_share_no_tiles(head_dim):
     """Rows 0-63 attend to the first and the last keys, rows 64-127 to those between: more tiles than a ring has stages
     pass by a consumer that has none of them."""
     generator = torch.Generator().manual_seed(0)
@@ -420,14 +491,14 @@ def test_rows_of_a_block_that_share_no_tiles():
     def noise(*size: int) -> torch.Tensor:
         return torch.randn(1, 1, *size, generator=generator)
 
-    query, key = 0.5 * noise(128, 64), 0.1 * noise(1300, 64)
+    query, key = 0.5 * noise(128, head_dim), 0.1 * noise(1300, head_dim)
     query[..., :64, 0] += 40
     query[..., 64:, 1] += 40
     key[..., :100, 0] += 1
     key[..., 1250:, 0] += 1
     key[..., 64:1270, 1] += 1
-    tensors = [t.to(BF16).requires_grad_() for t in (query, key, noise(1300, 64))]
-    check(library.attention, *tensors, noise(128, 64).to(BF16))
+    tensors = [t.to(BF16).requires_grad_() for t in (query, key, noise(1300, head_dim))]
+    check(library.attention, *tensors, noise(128, head_dim).to(BF16))
     mask = library.latest()[0].block_mask[0, 0]
     assert mask.any(0).all() and not mask[:4, 2:19].any()
 
@@ -450,9 +521,51 @@ def test_rows_of_larger_buffers(is_causal):
     check(library.attention, *tensors, grad_out, is_causal=is_causal)
 
 
-def test_same_bits_under_every_schedule():
+@pytest.mark.skipif(library.has_gpu(), reason="address space without memory is the host's")
+@every_dtype
+def test_offsets_beyond_two_to_the_31(dtype):
+    """Rows, heads and sequences 2^31 elements apart and more: the same bits as of contiguous tensors."""
+    tensors = cases.inputs("gaussian", Shape(2, 2, 20, 70, kv_heads=1), dtype)
+    *near, near_grad_out = tensors
+    *far, far_grad_out = (
+        cases.far_apart(t, (2**31 * t.shape[2] * t.shape[1], 2**31 * t.shape[2], 2**31, 1)) for t in tensors
+    )
+    runs = [library.forward(library.build(), *inputs) for inputs in (near, far)]
+    assert runs[1].path == library.path
+    assert torch.equal(runs[1].out, runs[0].out) and torch.equal(runs[1].tau, runs[0].tau)
+    grads = [
+        library.backward(library.build(), run, grad_out)
+        for run, grad_out in zip(runs, (near_grad_out, far_grad_out), strict=True)
+    ]
+    for name in ("query", "key", "value"):
+        near_grad, far_grad = (getattr(grad, name) for grad in grads)
+        assert near_grad.isfinite().all() and torch.equal(far_grad, near_grad)
+
+
+@only_sm80
+@pytest.mark.skipif(library.has_gpu(), reason="address space without memory is the host's")
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("columns_apart", [False, True])
+def test_offsets_of_attn_mask_beyond_two_to_the_31(columns_apart, kind):
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(2, 2, 20, 70), BF16)
+    mask = torch.randn(2, 2, 20, 70).to(BF16)
+    mask = mask > 0 if kind == "bool" else mask
+    strides = (2**37 + 8, 2**36, 2**31, 1)
+    if columns_apart:
+        mask, strides = mask[:, :, :1], (2**38 + 1, 2**38, 2**31, 2**31)
+    far_mask = cases.far_apart(mask, strides).expand(2, 2, 20, 70)
+    runs = [library.forward(library.build(), query, key, value, attn_mask=m) for m in (mask, far_mask)]
+    assert torch.equal(runs[1].out, runs[0].out) and torch.equal(runs[1].tau, runs[0].tau)
+    grads = [library.backward(library.build(), run, grad_out) for run in runs]
+    for name in ("query", "key", "value"):
+        near_grad, far_grad = (getattr(grad, name) for grad in grads)
+        assert near_grad.isfinite().all() and torch.equal(far_grad, near_grad)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_same_bits_under_every_schedule(head_dim):
     query, key, value, grad_out = (
-        t.to(library.device()) for t in cases.inputs("gaussian", Shape(1, 2, 150, 200), BF16)
+        t.to(library.device()) for t in cases.inputs("gaussian", Shape(1, 2, 150, 200, head_dim), BF16)
     )
     runs = []
     for seed in SEEDS:
@@ -514,3 +627,46 @@ def test_path_is_chosen_by_device_and_case():
             library.path = "sm90"
             with pytest.raises(Exception, match=reason):
                 taken(*tensors)
+
+
+@pytest.mark.skipif(library.has_gpu(), reason="the emulated device can be any")
+@pytest.mark.parametrize("cuda_path", ["auto"], indirect=True)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (12, 0)])
+def test_path_is_chosen_by_compute_capability(capability):
+    """sm_90a is of one generation: newer GPUs take the portable kernels too."""
+    query, key, value, grad_out = cases.inputs("gaussian", Shape(1, 1, 20, 70), BF16)
+    build = library.build()
+    with build.on_device(*capability):
+        run = library.forward(build, query, key, value)
+        assert run.path == ("sm90" if capability == (9, 0) else "sm80")
+        library.backward(build, run, grad_out)
+        if capability == (9, 0):
+            return
+        library.path = "sm90"
+        for call in (
+            lambda: library.forward(build, query, key, value),
+            lambda: library.backward(build, run, grad_out),
+        ):
+            with pytest.raises(Exception, match=r"not of compute capability 9\.0"):
+                call()
+
+
+@pytest.mark.skipif("sm90" not in library.covered_paths(), reason="there is no choice")
+@pytest.mark.parametrize("cuda_path", ["auto"], indirect=True)
+@pytest.mark.parametrize(
+    "dtype, options, reason",
+    [
+        (BF16, {"attn_mask": torch.ones(20, 70, dtype=torch.bool)}, "attn_mask"),
+        (FP16, {"scale": 0.0}, "scale"),
+        (BF16, {"scale": -0.1}, "scale"),
+        (FP32, {}, "bfloat16 and float16"),
+    ],
+    ids=["attn_mask", "scale 0", "scale -0.1", "float32"],
+)
+def test_what_takes_the_portable_path_on_hopper(dtype, options, reason):
+    tensors = [t.to(library.device()) for t in cases.inputs("gaussian", Shape(1, 1, 20, 70), dtype)]
+    options = {name: t.to(library.device()) if isinstance(t, Tensor) else t for name, t in options.items()}
+    assert library.forward(library.build(), *tensors[:3], **options).path == "sm80"
+    library.path = "sm90"
+    with pytest.raises(Exception, match=reason):
+        library.forward(library.build(), *tensors[:3], **options)

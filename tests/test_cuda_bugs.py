@@ -219,7 +219,20 @@ BUGS = {
     "sm90: one half of a tile is added up for the other": Patch(
         SM90_SCAN, "bounds.template add<kMaskKeys, Config::kBlockN>(", "bounds.template add<0, kMaskKeys>("
     ),
+    "sm90: the scan does not wait for its tile": Patch(SM90_SCAN, "smem.ring.wait(at.stage, at.parity);", ""),
+    "sm90: the refinement does not wait for its queries": Patch(
+        SM90_REFINE, "ptx::mbarrier_wait(s_smem + Smem::kQueryFull, 0);", ""
+    ),
+    "sm90: cleared keys without a proxy fence": Patch(LIVE_KEY_TILES, "ptx::fence_proxy_async();", ""),
 }  # fmt: skip
+
+BUGS_AT_128 = {  # of head dim 128, where rows stay in shared memory
+    "sm90: the rows of an item are released before they are read again": Patch(
+        SM90_GRAD_QUERY,
+        "constexpr bool kRowsInRegisters = Config::kQueryInRegisters && Config::kGradOutInRegisters;",
+        "constexpr bool kRowsInRegisters = true;",
+    ),
+}
 
 
 # Legal: rings that come round within the few tiles of the problem below, slabs of several pairs each. The kernels for
@@ -243,11 +256,11 @@ LEGAL = {
 }
 
 
-def verdict(patches: tuple[Patch, ...], path: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def verdict(patches: tuple[Patch, ...], path: str, monkeypatch: pytest.MonkeyPatch, head_dim: int = 64) -> str:
     """What is wrong, in words; empty where nothing is. One problem that has an edge of every kind."""
     monkeypatch.setattr(library, "path", path)
-    build = library.build(library.ONE_INSTANCE[path], patches=patches)
-    query, key, value, grad_out = cases.inputs("rising", Shape(1, 2, 150, 270, kv_heads=1), torch.bfloat16)
+    build = library.build(library.ONE_INSTANCE[path if head_dim == 64 else f"{path}_{head_dim}"], patches=patches)
+    query, key, value, grad_out = cases.inputs("rising", Shape(1, 2, 150, 270, head_dim, kv_heads=1), torch.bfloat16)
     query, key = query + torch.randn_like(query), key + 0.5 * torch.randn_like(key)
     leaves = [t.double().requires_grad_() for t in (query, key, value)]
     out, aux = reference.entmax_attention(*leaves, is_causal=True, enable_gqa=True, return_aux=True)
@@ -269,24 +282,24 @@ def verdict(patches: tuple[Patch, ...], path: str, monkeypatch: pytest.MonkeyPat
         )):  # fmt: skip
             if not (ours.double() - exact).norm() <= 0.02 * exact.norm():
                 return f"{name} is wrong"
-    return verdict_on_jump(build) or verdict_on_nan(build) or verdict_on_mask(build)
+    return verdict_on_jump(build, head_dim) or verdict_on_nan(build, head_dim) or verdict_on_mask(build)
 
 
-def verdict_on_jump(build: emulator.Library | library.GpuLibrary) -> str:
+def verdict_on_jump(build: emulator.Library | library.GpuLibrary, head_dim: int) -> str:
     """One key is the support of every row; the scan meets it while its lists hold keys 4.1 to 5.1 below, which must not
     pass for keys a full turn of their codes (128 bins, 4.13) above."""
-    query, key = torch.zeros(1, 1, 40, 64), torch.zeros(1, 1, 128, 64)
+    query, key = torch.zeros(1, 1, 40, head_dim), torch.zeros(1, 1, 128, head_dim)
     query[..., 0] = 16.0
     key[..., 0] = torch.rand(128) - 0.5  # z itself
     key[:, :, 100, 0] = 4.625
-    run = library.forward(build, *(t.bfloat16() for t in (query, key, key)))
+    run = library.forward(build, *(t.bfloat16() for t in (query, key, key)), scale=0.125)
     return "" if (run.tau_lower <= 3.625).all() else "tau_lower is above tau after a jump"
 
 
-def verdict_on_nan(build: emulator.Library | library.GpuLibrary) -> str:
+def verdict_on_nan(build: emulator.Library | library.GpuLibrary, head_dim: int) -> str:
     """What lies past the lengths of sequences is NaN, and so is a query: neither reaches the gradients of keys."""
     lengths = [40, 100]
-    tensors = cases.inputs("gaussian", Shape(2, 1, 130, 130), torch.bfloat16)
+    tensors = cases.inputs("gaussian", Shape(2, 1, 130, 130, head_dim), torch.bfloat16)
     *inputs, grad_out = tensors
     for tensor in tensors:
         for batch, length in enumerate(lengths):
@@ -319,12 +332,17 @@ def verdict_on_mask(build: emulator.Library | library.GpuLibrary) -> str:
     return "" if (ours - exact).norm() <= 0.02 * exact.norm() else "the gradient of attn_mask is wrong"
 
 
-@pytest.mark.parametrize("path", ["sm80", "sm90"])
-def test_without_a_bug_nothing_is_wrong(path, monkeypatch):
-    assert verdict(LEGAL[path], path, monkeypatch) == ""
+@pytest.mark.parametrize("path, head_dim", [("sm80", 64), ("sm90", 64), ("sm90", 128)])
+def test_without_a_bug_nothing_is_wrong(path, head_dim, monkeypatch):
+    assert verdict(LEGAL[path], path, monkeypatch, head_dim) == ""
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_shows(bug, monkeypatch):
     path = "sm90" if "/sm90/" in BUGS[bug].file else "sm80"
     assert verdict((*LEGAL[path], BUGS[bug]), path, monkeypatch) != ""
+
+
+@pytest.mark.parametrize("bug", BUGS_AT_128)
+def test_bug_at_head_dim_128_shows(bug, monkeypatch):
+    assert verdict((*LEGAL["sm90"], BUGS_AT_128[bug]), "sm90", monkeypatch, 128) != ""

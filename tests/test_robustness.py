@@ -65,6 +65,29 @@ def test_empty_and_single(path, shape, is_causal, dtype):
         assert torch.equal(result.grads["value"], tensors[3])
 
 
+@pytest.mark.parametrize("columns_apart", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_offsets_beyond_two_to_the_31(dtype, is_masked, columns_apart):
+    """Columns or rows, heads and sequences 2^31 elements apart and more: as contiguous tensors."""
+
+    def far(tensor: torch.Tensor) -> torch.Tensor:
+        column = 2**31 if columns_apart else 1
+        row = column * tensor.shape[3] if columns_apart else 2**31
+        return cases.far_apart(tensor, (row * tensor.shape[2] * tensor.shape[1], row * tensor.shape[2], row, column))
+
+    *inputs, grad_out = cases.inputs("sparse", cases.Shape(2, 2, 20, 70, 8, kv_heads=1), dtype)
+    options = {"enable_gqa": True, "attn_mask": torch.randn(2, 2, 20, 70).to(dtype) if is_masked else None}
+    near = backward(adasplash2.entmax_attention, (*inputs, grad_out), **options)
+    if is_masked:
+        options["attn_mask"] = far(options["attn_mask"])
+    ours = backward(adasplash2.entmax_attention, tuple(map(far, (*inputs, grad_out))), **options)
+    assert_near(ours.out, near.out)
+    assert_near(ours.aux.tau, near.aux.tau)
+    for name, grad in ours.grads.items():
+        assert_near(grad, near.grads[name])
+
+
 # ---------------------------------------------------------------------------------------------- rows without keys
 
 
@@ -149,6 +172,32 @@ def test_nan_key_poisons_every_row_that_sees_it(path, name, dtype, shape):
     assert out[0, 1, 10:].isnan().all()
     assert_near(out[0, 1, :10], clean[0, 1, :10])
     assert_near(out[1], clean[1])
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["sparse", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bad_key_gradients(bad, name, dtype, shape):
+    """To rows that do not see the key, or for which it scores -inf, it is as if it were not there. The others are NaN
+    and count for nothing."""
+    query, key, value, grad_out = cases.inputs(name, shape, dtype)
+    bad_key = shape.num_keys - 40  # query i sees key j <= i + Nk - 70
+    key[:, :, bad_key, 3] = bad
+    result = backward(adasplash2.entmax_attention, (query, key, value, grad_out), is_causal=True)
+    mask = torch.ones(70, shape.num_keys, dtype=torch.bool).tril(shape.num_keys - 70)
+    is_bad = mask[:, bad_key] & ~(query.detach()[..., 3] * bad == -INF)
+    for rows in (result.out, result.aux.tau[..., None], result.grads["query"]):
+        assert rows[is_bad].isnan().all() and rows[~is_bad].isfinite().all()
+
+    mask[:, bad_key] = False
+    head, rows = (slice(1, 2), slice(1, 2)), ~is_bad[1, 1]
+    tensors = [t.detach()[head] for t in (query[:, :, rows], key.nan_to_num(0.0, 0.0, 0.0), value)]
+    expected = tolerance.expect(
+        *(t.requires_grad_() for t in tensors), grad_out[:, :, rows][head], attn_mask=mask[rows]
+    )
+    grads = {n: grad[head][:, :, rows] if n == "query" else grad[head] for n, grad in result.grads.items()}
+    aux = result.aux._replace(tau=result.aux.tau[head][..., rows])
+    tolerance.assert_result(tolerance.Result(result.out[head][:, :, rows], aux, grads), expected)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

@@ -32,7 +32,7 @@ PORTABLE = (
 SM90 = tuple(sorted((CUDA / "sm90" / "instances").glob("*.cu")))
 WITH_SM90 = "ADASPLASH2_CUDA_SM90"  # defined where the library has both
 ALL = (*PORTABLE, *SM90)
-ONE_INSTANCE = {path: (HERE / f"one_instance_{path}.cu",) for path in ("sm80", "sm90")}
+ONE_INSTANCE = {name: (HERE / f"one_instance_{name}.cu",) for name in ("sm80", "sm90", "sm90_128")}
 ENTMAX = (HERE / "entmax.cu",)
 
 PATHS = ("auto", "sm80", "sm90")  # cuda::Path

@@ -123,6 +123,7 @@ def _runtime_object() -> Path:
     """The emulator itself, as one relocatable object."""
     sources = sorted((SIMT / "src").glob("*.cpp"))
     files = sorted(file for folder in ("src", "include") for file in (SIMT / folder).iterdir())
+    files.append(ROOT / "csrc" / "cuda" / "tensor_map_shape.h")
     target = BUILD / f"runtime-{_digest(files, _RUNTIME_FLAGS, _cpu())}.o"
     with making(target) as scratch:
         if scratch is not None:
@@ -130,7 +131,7 @@ def _runtime_object() -> Path:
 
                 def compile_source(source: Path) -> Path:
                     made = Path(folder) / f"{source.stem}.o"
-                    _run(_compiler(), *_RUNTIME_FLAGS, f"-I{SIMT / 'include'}", "-c", source, "-o", made)
+                    _run(_compiler(), *_RUNTIME_FLAGS, *_include_flags(ROOT), "-c", source, "-o", made)
                     return made
 
                 _run("ld", "-r", *pool.map(compile_source, sources), "-o", scratch)
@@ -214,6 +215,15 @@ class Library:
         self._library.simt_error.restype = ctypes.c_char_p
         self._library.simt_counter_name.restype = ctypes.c_char_p
         self._library.simt_counter.restype = ctypes.c_uint64
+
+    @contextlib.contextmanager
+    def on_device(self, major: int, minor: int) -> Iterator[None]:
+        """Calls inside run on a device of that compute capability; otherwise it is a Hopper's, 9.0."""
+        self._library.simt_set_compute_capability(major, minor)
+        try:
+            yield
+        finally:
+            self._library.simt_set_compute_capability(9, 0)
 
     def call(
         self,

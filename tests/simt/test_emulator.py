@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,17 @@ def test_bounds_are_those_of_the_registered_tensors() -> None:
         library.call("run_neighbouring_bytes", out[1:], tensors={"out": out[1:]})
     with pytest.raises(emulator.Diagnosis, match=r"before every registered tensor|of elsewhere"):
         library.call("run_syncwarp_orders", out, tensors={"elsewhere": torch.zeros(32)})
+
+
+def test_refused_tensor_map_is_described() -> None:
+    """With every field of it: of the same function that describes what a GPU's driver refuses."""
+    tensor = torch.zeros(2, 130, 64, dtype=torch.bfloat16)
+    library = emulator.build(RULES.with_name("attention.cu"))
+    misaligned = ctypes.c_void_p(tensor.data_ptr() + 2)
+    expected = (
+        rf"tensor map: the base must be 16-byte aligned: element bfloat16, base {tensor.data_ptr() + 2:#x}, rank 3, "
+        r"sizes \{64, 130, 2\}, strides in bytes \{128, 16640\}, box \{64, 64, 1\}, swizzle 128"
+    )
+    others = [ctypes.c_void_p(tensor.data_ptr())] * 4
+    with pytest.raises(emulator.Diagnosis, match=expected):
+        library.call("run_attention", misaligned, *others, 2, 130, ctypes.c_float(1.0), 0, tensors={"tensor": tensor})

@@ -269,10 +269,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       *value = 2;
       break;
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
+      *value = simt::compute_capability().major;
       break;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
+      *value = simt::compute_capability().minor;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = 227 * 1024;

@@ -88,6 +88,12 @@ uint32_t atomic_compare_and_swap(uint32_t* address, uint32_t expected, uint32_t 
 
 // ---- host ----
 
+// Of the emulated device; simt_set_compute_capability() in src/c_api.cpp.
+struct ComputeCapability {
+  int major, minor;
+};
+ComputeCapability compute_capability();
+
 // A kernel and its arguments; the function runs one thread.
 struct KernelCall {
   void (*run_thread)(const void* arguments);

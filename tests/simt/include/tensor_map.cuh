@@ -4,20 +4,11 @@
 #include <simt_api.h>
 
 #include <stdexcept>
+#include <string>
+
+#include "cuda/tensor_map_shape.h"
 
 namespace adasplash2 {
-
-enum class TensorMapElement { kBFloat16, kFloat16, kFloat32 };
-
-struct TensorMapShape {
-  TensorMapElement element;
-  const void* base;
-  int rank;
-  uint64_t size[5];
-  uint64_t stride_bytes[5];
-  uint32_t box[5];
-  int swizzle_bytes;
-};
 
 // Opaque to kernels, as on the device.
 struct alignas(64) TensorMap {
@@ -25,8 +16,8 @@ struct alignas(64) TensorMap {
 };
 
 inline TensorMap make_tensor_map(const TensorMapShape& shape) {
-  const auto require = [](bool holds, const char* rule) {
-    if (!holds) throw std::runtime_error(std::string("tensor map: ") + rule);
+  const auto require = [&](bool holds, const char* rule) {
+    if (!holds) throw std::runtime_error(std::string("tensor map: ") + rule + ": " + describe(shape));
   };
   const uint32_t element_bytes = shape.element == TensorMapElement::kFloat32 ? 4 : 2;
   const uint32_t inner_bytes = shape.box[0] * element_bytes;

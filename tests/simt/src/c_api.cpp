@@ -7,6 +7,7 @@ namespace simt {
 
 namespace {
 std::string last_error;
+ComputeCapability device{9, 0};
 
 #define SIMT_NAME(name) #name,
 const char* const kCounterNames[] = {SIMT_COUNTERS(SIMT_NAME)};
@@ -14,6 +15,7 @@ const char* const kCounterNames[] = {SIMT_COUNTERS(SIMT_NAME)};
 }  // namespace
 
 void set_error(const std::string& text) { last_error = text; }
+ComputeCapability compute_capability() { return device; }
 
 }  // namespace simt
 
@@ -21,6 +23,8 @@ void set_error(const std::string& text) { last_error = text; }
 extern "C" {
 
 const char* simt_error() { return simt::last_error.c_str(); }
+
+void simt_set_compute_capability(int major, int minor) { simt::device = {major, minor}; }
 
 void simt_configure(uint64_t seed, int check_races) { simt::options = {seed, check_races != 0}; }
 
