@@ -72,7 +72,7 @@ struct ScanKeys {
   ScanKeys(const AttentionProblem& problem, const Parallel& parallel)
       : panels(problem, problem.key, problem.head_dim),
         is_quantized(has_quantized_scan() && !std::is_same_v<Element, double> && problem.mask.data == nullptr &&
-                     problem.num_keys >= kQuantizedKeys && problem.head_dim <= 512),
+                     problem.num_keys >= kQuantizedKeys && problem.head_dim <= kMostQuantizedDim),
         stride(sample_stride(problem.num_keys)) {
     // A short head's panels are packed by the task that comes first: a parallel region would cost more.
     if (!is_quantized && problem.num_keys > kStripKeys) panels.pack_all(parallel);
