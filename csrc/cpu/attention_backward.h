@@ -16,8 +16,8 @@ namespace adasplash2::cpu::ADASPLASH2_ISA {
 
 // Of p and dS of a wave: enough entries to keep the threads busy, so few that they stay in the last level cache.
 constexpr int64_t kWaveBytesPerThread = int64_t{16} << 20, kMostWaveBytes = int64_t{64} << 20;
-constexpr int64_t kScatteredVectors = kVectorBytes == 64 ? 16 : 8;  // half of the registers
-constexpr int64_t kDenseParts = 16;  // tasks of the strips, at least, if the problem has as many row blocks
+constexpr int64_t kScatteredVectors = 16;  // with AVX-512 half of the registers; otherwise they are read again from L1
+constexpr int64_t kDenseParts = 16;        // tasks of the strips, at least, if the problem has as many row blocks
 
 // One row: weights and gradients on its support, or on a whole strip row (where prob 0 means outside).
 template <class Real, Exponent kExponent>
