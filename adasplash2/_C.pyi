@@ -2,7 +2,7 @@ version: str
 has_cuda: bool
 cuda_missing: str
 cuda_paths: list[str]
-support_layout: tuple[int, int, int]
+support_layout: tuple[int, int, int, int]
 cuda_support_layout: tuple[int, int, int]
 
 def isa_levels() -> list[str]: ...

@@ -250,7 +250,8 @@ class StripGradientWorker {
 
   void sum_keys(const HeadView<Element>& view, const RowBlock& block, int64_t first, int64_t last, int64_t num_cols) {
     const int64_t dim = params_.head_dim;
-    std::memset(sums_.data(), 0, kRowBlock * dim * sizeof(Real));
+    const int64_t num_padded = (last - first + kTileRows - 1) / kTileRows * kTileRows;
+    std::fill_n(sums_.data(), num_padded * dim, Real(0));
     for (int64_t first_key = 0; first_key < num_cols; first_key += kPanelCols) {
       const MatrixView<Element> keys{view.key(first_key), params_.key.stride_row};
       const int64_t count = std::min<int64_t>(kPanelCols, params_.num_keys - first_key);
