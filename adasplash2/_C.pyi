@@ -4,7 +4,7 @@ has_cuda: bool
 cuda_build: str  # nvcc and architectures; empty without CUDA
 cuda_missing: str
 cuda_paths: list[str]
-support_layout: tuple[int, int, int]
+support_layout: tuple[int, int, int, int]
 cuda_support_layout: tuple[int, int, int]
 
 def isa_levels() -> list[str]: ...

@@ -65,11 +65,12 @@ def _support_bytes(query: Tensor, num_keys: int, value_head_dim: int) -> int:
         mask_bytes = batch * num_heads * -(-num_queries // mask_rows) * words_per_group * 4
         padded_head_dim = _round_up(value_head_dim, head_dim_multiple)
         return _round_up(mask_bytes, 16) + batch * num_heads * num_queries * padded_head_dim * query.dtype.itemsize
-    row_block, saved_per_row, alignment = _C.support_layout
+    row_block, strip_keys, saved_per_row, alignment = _C.support_layout
     real_bytes = 8 if query.dtype == torch.float64 else 4
     origins = _round_up(alignment + batch * num_heads * num_queries * 2 * real_bytes, alignment)
     num_blocks = batch * num_heads * -(-num_queries // row_block)
-    block_entries = row_block * torch.sym_min(num_keys, saved_per_row)
+    is_saved = torch.sym_min(num_keys // (strip_keys + 1), 1)  # 1 where num_keys > strip_keys, without a guard
+    block_entries = is_saved * row_block * torch.sym_min(num_keys, saved_per_row)
     return _round_up(origins + num_blocks * 8, alignment) + num_blocks * block_entries * (real_bytes + 4)
 
 

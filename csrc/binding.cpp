@@ -334,7 +334,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_build") = kCudaBuild;
   m.attr("cuda_missing") = kCudaMissing;
   m.attr("cuda_paths") = cuda_paths();
-  m.attr("support_layout") = py::make_tuple(cpu::kRowBlock, cpu::kSavedPerRow, cpu::SupportLayout::kAlignment);
+  m.attr("support_layout") =
+      py::make_tuple(cpu::kRowBlock, cpu::kStripKeys, cpu::kSavedPerRow, cpu::SupportLayout::kAlignment);
   m.attr("cuda_support_layout") = py::make_tuple(kMaskRows, kMaskKeys, cuda::kHeadDimMultiple);
   m.def("isa_levels", &cpu::isa_levels, "Instruction sets this machine can run, slowest first.");
   m.def("isa", &cpu::isa, "The instruction set in use.");

@@ -16,8 +16,8 @@ namespace adasplash2::cpu::ADASPLASH2_ISA {
 
 // Of p and dS of a wave: enough entries to keep the threads busy, so few that they stay in the last level cache.
 constexpr int64_t kWaveBytesPerThread = int64_t{16} << 20, kMostWaveBytes = int64_t{64} << 20;
-constexpr int64_t kScatteredVectors = kVectorBytes == 64 ? 16 : 8;  // half of the registers
-constexpr int64_t kDenseParts = 16;  // tasks of the strips, at least, if the problem has as many row blocks
+constexpr int64_t kScatteredVectors = 16;  // with AVX-512 half of the registers; otherwise they are read again from L1
+constexpr int64_t kDenseParts = 16;        // tasks of the strips, at least, if the problem has as many row blocks
 
 // One row: weights and gradients on its support, or on a whole strip row (where prob 0 means outside).
 template <class Real, Exponent kExponent>
@@ -250,7 +250,8 @@ class StripGradientWorker {
 
   void sum_keys(const HeadView<Element>& view, const RowBlock& block, int64_t first, int64_t last, int64_t num_cols) {
     const int64_t dim = params_.head_dim;
-    std::memset(sums_.data(), 0, kRowBlock * dim * sizeof(Real));
+    const int64_t num_padded = (last - first + kTileRows - 1) / kTileRows * kTileRows;
+    std::fill_n(sums_.data(), num_padded * dim, Real(0));
     for (int64_t first_key = 0; first_key < num_cols; first_key += kPanelCols) {
       const MatrixView<Element> keys{view.key(first_key), params_.key.stride_row};
       const int64_t count = std::min<int64_t>(kPanelCols, params_.num_keys - first_key);

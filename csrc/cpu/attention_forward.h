@@ -24,7 +24,7 @@ class PackedPanels {
         matrix_(matrix),
         depth_(depth),
         panels_per_head_((problem.num_keys + kPanelCols - 1) / kPanelCols),
-        is_packed_(std::make_unique<std::once_flag[]>(num_panels())) {
+        state_(std::make_unique<std::atomic<State>[]>(num_panels())) {
     data_.reserve(num_panels() * panel_size(), Use::kSparse);
   }
 
@@ -43,23 +43,29 @@ class PackedPanels {
  private:
   int64_t num_panels() const { return problem_.batch * problem_.num_kv_heads * panels_per_head_; }
 
+  enum class State : uint8_t { kNotPacked, kBeingPacked, kPacked };
+
+  // Not std::call_once: on Linux each of its first calls ends in a system call, waiters or not.
   void pack(int64_t index) {
-    std::call_once(is_packed_[index], [&] {
+    std::atomic<State>& state = state_[index];
+    State found = state.load(std::memory_order_acquire);
+    if (found == State::kNotPacked && state.compare_exchange_strong(found, State::kBeingPacked)) {
       const int64_t kv_index = index / panels_per_head_, first = index % panels_per_head_ * kPanelCols;
       const int64_t kv_heads = problem_.num_kv_heads;
       pack_panel(row_pointer<Element>(matrix_, kv_index / kv_heads, kv_index % kv_heads, first), matrix_.stride_row,
                  std::min<int64_t>(kPanelCols, problem_.num_keys - first), depth_, data_.data() + index * panel_size());
-    });
+      state.store(State::kPacked, std::memory_order_release);
+      return;
+    }
+    while (state.load(std::memory_order_acquire) != State::kPacked) std::this_thread::yield();
   }
 
   const AttentionProblem& problem_;
   const Rows& matrix_;
   const int64_t depth_, panels_per_head_;
-  std::unique_ptr<std::once_flag[]> is_packed_;
+  std::unique_ptr<std::atomic<State>[]> state_;  // of each panel
   Buffer<Real> data_;
 };
-
-constexpr int64_t kStripKeys = 256;  // problems of so few keys are always done in strips
 
 // The keys in both precisions of the scan, and the sample of them.
 template <class Element>
@@ -72,7 +78,7 @@ struct ScanKeys {
   ScanKeys(const AttentionProblem& problem, const Parallel& parallel)
       : panels(problem, problem.key, problem.head_dim),
         is_quantized(has_quantized_scan() && !std::is_same_v<Element, double> && problem.mask.data == nullptr &&
-                     problem.num_keys >= kQuantizedKeys && problem.head_dim <= 512),
+                     problem.num_keys >= kQuantizedKeys && problem.head_dim <= kMostQuantizedDim),
         stride(sample_stride(problem.num_keys)) {
     // A short head's panels are packed by the task that comes first: a parallel region would cost more.
     if (!is_quantized && problem.num_keys > kStripKeys) panels.pack_all(parallel);
@@ -499,7 +505,8 @@ class ForwardWorker {
         solve_strip_rows(view, block, row, std::min(last, row + at_once), strip_.row(row - first), num_cols, power);
       }
       // Rows that fill up the last group have probabilities of no meaning; their output is not written.
-      std::memset(strip_out_.reserve(strip_.rows * dim), 0, strip_.rows * dim * sizeof(Real));
+      const int64_t num_padded = (last - first + kTileRows - 1) / kTileRows * kTileRows;
+      std::fill_n(strip_out_.reserve(strip_.rows * dim), num_padded * dim, Real(0));
       for (int64_t first_key = 0; first_key < num_cols; first_key += kPanelCols) {
         const MatrixView<Element> values{view.value(first_key), params_.value.stride_row};
         const int64_t count = std::min<int64_t>(kPanelCols, params_.num_keys - first_key);

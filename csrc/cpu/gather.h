@@ -38,13 +38,15 @@ ADASPLASH2_INLINE void for_pieces(int64_t dim, Function function) {
 }
 
 constexpr int kPrefetchAhead = 8;
+constexpr int kSummedVectors =
+    kVectorBytes == 64 ? 8 : 4;  // of a sum: two sets of accumulators in half of the registers
 
 // out[0 .. dim) += sum_j weight[j] * matrix.row(column[j]), j < count
 template <class Element>
 ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim, const int32_t* column,
                                   const Accumulator<Element>* weight, int64_t count, Accumulator<Element>* out) {
   using Real = Accumulator<Element>;
-  for_pieces<Real>(dim, [&](int64_t first, auto vectors) {
+  for_pieces<Real, kSummedVectors>(dim, [&](int64_t first, auto vectors) {
     constexpr int kVectors = vectors;
     // Two sets of accumulators: one chain of dependent additions would be longer than the loads take.
     Vector<Real> even[kVectors], odd[kVectors];
@@ -125,20 +127,24 @@ ADASPLASH2_INLINE int64_t scatter_two_sums(const Element* row0, const Element* r
   return j;
 }
 
-// Sums of kLanes vectors in one vector, by a tree of pairwise additions of neighbours.
+// Sums of kLanes vectors in one vector, by a tree of pairwise additions of neighbours. AVX2 shuffles two vectors within
+// their 128-bit lanes only: there a step between lanes, which adds halves, comes last.
 template <class Real, int kCount>
 ADASPLASH2_INLINE Vector<Real> sums_of(const Vector<Real>* x) {
-  constexpr int kAll = kLanes<Real>;
+  constexpr int kAll = kLanes<Real>, kLane = kVectorBytes == 32 ? kAll / 2 : kAll;
   if constexpr (kCount == 1) {
     return x[0];
   } else {
     const Vector<Real> a = sums_of<Real, kCount / 2>(x), b = sums_of<Real, kCount / 2>(x + kCount / 2);
-    Bits<Real> even, odd;
+    constexpr int kStep = kCount > kLane ? kLane : 1;  // between the two that are added
+    Bits<Real> first, second;
     for (int lane = 0; lane < kAll; ++lane) {
-      even[lane] = 2 * lane;
-      odd[lane] = 2 * lane + 1;
+      const int width = kCount > kLane ? kAll : kLane, index = lane % width * 2;  // a's part of the width, then b's
+      const int of_pairs = kStep == 1 ? index % width : lane % kLane;
+      first[lane] = lane / width * width + of_pairs + (index < width ? 0 : kAll);
+      second[lane] = first[lane] + kStep;
     }
-    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
   }
 }
 
@@ -153,12 +159,14 @@ ADASPLASH2_INLINE void gather_dot(const Accumulator<Element>* x, const MatrixVie
     Vector<Real> left[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) left[v] = load(x + first + v * kAll);
-    for (int64_t j = 0; j < count; j += kAll) {
+    // kWhole: there are as many entries as fill this vector of products and the next one.
+    const auto multiply = [&](int64_t j, auto whole) __attribute__((always_inline)) {
+      constexpr bool kWhole = whole;
       Vector<Real> partial[kAll];
 #pragma GCC unroll 16
       for (int i = 0; i < kAll; ++i) {
-        if (j + kAll + i < count) prefetch_row<kVectors>(matrix.row(column[j + kAll + i]) + first);
-        const Element* row = matrix.row(column[j + i < count ? j + i : j]) + first;
+        if (kWhole || j + kAll + i < count) prefetch_row<kVectors>(matrix.row(column[j + kAll + i]) + first);
+        const Element* row = matrix.row(column[kWhole || j + i < count ? j + i : j]) + first;
         Vector<Real> sum = left[0] * load(row);
 #pragma GCC unroll 8
         for (int v = 1; v < kVectors; ++v) sum += left[v] * load(row + v * kAll);
@@ -166,7 +174,10 @@ ADASPLASH2_INLINE void gather_dot(const Accumulator<Element>* x, const MatrixVie
       }
       const Vector<Real> sums = sums_of<Real, kAll>(partial);
       store(product + j, first == 0 ? sums : load(product + j) + sums);
-    }
+    };
+    int64_t j = 0;
+    for (; j + 2 * kAll <= count; j += kAll) multiply(j, std::true_type());
+    for (; j < count; j += kAll) multiply(j, std::false_type());
   });
 }
 

@@ -1,7 +1,8 @@
-// The scan in 8-bit integers, for AVX-512 machines with VNNI: four times the multiplications of float.
+// The scan in integers: of 8 bits on AVX-512 machines with VNNI, four times the multiplications of float, and of 16
+// bits with AVX2, twice as many.
 //
 // It only chooses candidates; their scores are then computed again from the original rows, so results are exact. With
-// q = q^ + dq and k = k^ + dk (quantised value and its true rounding residual), |<q, k> - <q^, k^>| <= eps_i with
+// q = q^ + dq and k = k^ + dk (quantised value and its rounding residual), |<q, k> - <q^, k^>| <= eps_i with
 //
 //   eps_i = |q_i| max_j |dk_j| + |dq_i| max_j |k^_j|
 //
@@ -22,9 +23,14 @@ namespace adasplash2::cpu::ADASPLASH2_ISA {
 
 #if defined(ADASPLASH2_AVX512)
 inline bool has_quantized_scan() { return __builtin_cpu_supports("avx512vnni") != 0; }
+using QuantizedElement = int8_t;
+constexpr uint32_t kKeyFlip = 0x80808080u;  // adds 128 to each: one factor of vpdpbusd is unsigned
 #else
-inline bool has_quantized_scan() { return false; }
+inline bool has_quantized_scan() { return kVectorBytes == 32; }
+using QuantizedElement = int16_t;
+constexpr uint32_t kKeyFlip = 0;
 #endif
+constexpr int64_t kPerWord = sizeof(uint32_t) / sizeof(QuantizedElement);  // what one lane multiplies and adds
 
 constexpr int64_t kQuantizedKeys =
     512;                              // from so many keys on; below, re-scoring the candidates costs more than it saves
@@ -36,18 +42,21 @@ constexpr int64_t kLeastSampled = 32;  // keys of the sample that a row must see
 constexpr float kGuessedMass = 2;  // sum of probabilities that a guess aims at, without the sample's best key: a tau
                                    // that is right to the left, but for one row in a hundred of Gaussian scores
 
+constexpr int64_t kMostQuantizedDim = 512;
+
 inline int64_t sample_stride(int64_t num_keys) { return std::max(kLeastSampleStride, num_keys / kSampleSize); }
 inline int64_t num_sampled(int64_t num_keys, int64_t stride) { return (num_keys + stride / 2 - 1) / stride; }
 
-// Keys as bytes k^ / scale + 128, [panel][D / 4][kPanelCols][4], with one scale a panel.
+// Keys as integers k^ / scale (of 8 bits: + 128), [panel][sub-tile][D / kPerWord][kTileCols][kPerWord], with one scale
+// a panel.
 struct QuantizedKeys {
-  Buffer<uint32_t> data;                     // four bytes each
+  Buffer<uint32_t> data;                     // kPerWord integers each
   Buffer<float> scale, residual_norm, norm;  // per panel; the norms are the largest of its rows
   int64_t panels_per_head = 0, panel_size = 0;
 
   void reserve(const AttentionProblem& problem, int64_t num_keys) {
     panels_per_head = (num_keys + kPanelCols - 1) / kPanelCols;
-    panel_size = problem.head_dim / 4 * kPanelCols;
+    panel_size = problem.head_dim / kPerWord * kPanelCols;
     const int64_t num_panels = problem.batch * problem.num_kv_heads * panels_per_head;
     data.reserve(num_panels * panel_size);
     scale.reserve(num_panels);
@@ -56,30 +65,33 @@ struct QuantizedKeys {
   }
 };
 
-// The quantised queries of a row block, groups [group][D / 4][kTileRows] of four signed bytes.
+// The quantised queries of a row block, groups [group][D / kPerWord][kTileRows] of kPerWord signed integers.
 struct QuantizedQueries {
   Buffer<uint32_t> data;
   alignas(64) float scale[kRowBlock];
   alignas(64) float epsilon[kRowBlock];
-  alignas(64) int32_t offset[kRowBlock];  // 128 * sum of the row, what the keys' + 128 adds to each product
+  alignas(64) int32_t offset[kRowBlock];  // what kKeyFlip adds to each product
+};
+
+struct QuantizedRow {
+  float norm, residual_norm, quantized_norm;
+  int32_t offset;
 };
 
 #if defined(ADASPLASH2_AVX512)
 
-struct QuantizedRow {
-  float scale, norm, residual_norm, quantized_norm;
-  int32_t sum;
-};
+// So that no element of the row is above 127 scales.
+template <class Element>
+float least_scale(const Element* row, int64_t dim, float factor) {
+  Vector<float> largest = {};
+  for (int64_t d = 0; d < dim; d += 16)
+    largest = max<float>(largest, (Vector<float>)_mm512_abs_ps((__m512)(load(row + d) * factor)));
+  return std::max(reduce_max<float>(largest) / 127, std::numeric_limits<float>::min());
+}
 
-// Rounds a row to multiples of `scale` (or of its own largest element / 127 where scale is 0).
+// Rounds a row to multiples of `scale`.
 template <class Element>
 QuantizedRow quantize_row(const Element* row, int64_t dim, float factor, float scale, int8_t* quantized) {
-  if (scale == 0) {
-    Vector<float> largest = {};
-    for (int64_t d = 0; d < dim; d += 16)
-      largest = max<float>(largest, (Vector<float>)_mm512_abs_ps((__m512)(load(row + d) * factor)));
-    scale = std::max(reduce_max<float>(largest) / 127, std::numeric_limits<float>::min());
-  }
   const float inverse = 1 / scale;
   Vector<float> norm = {}, residual_norm = {}, quantized_norm = {};
   __m512i sum = _mm512_setzero_si512();
@@ -95,71 +107,8 @@ QuantizedRow quantize_row(const Element* row, int64_t dim, float factor, float s
     residual_norm += residual * residual;
     quantized_norm += value * value;
   }
-  return {scale, std::sqrt(reduce_add<float>(norm)), std::sqrt(reduce_add<float>(residual_norm)),
-          std::sqrt(reduce_add<float>(quantized_norm)), _mm512_reduce_add_epi32(sum)};
-}
-
-template <class Element>
-void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t dim, int64_t index,
-                    QuantizedKeys& keys) {
-  uint32_t* out = keys.data.data() + index * keys.panel_size;
-  Vector<float> largest = {};
-  for (int64_t row = 0; row < count; ++row) {
-    for (int64_t d = 0; d < dim; d += 16) {
-      largest = max<float>(largest, (Vector<float>)_mm512_abs_ps((__m512)load(first_row + row * stride_row + d)));
-    }
-  }
-  const float scale = std::max(reduce_max<float>(largest) / 127, std::numeric_limits<float>::min());
-  float norm = 0, residual_norm = 0;
-  constexpr int64_t kMostBytes = 1024;
-  alignas(64) int8_t bytes[kMostBytes];
-  for (int64_t col = 0; col < kPanelCols; ++col) {
-    std::memset(bytes, 0, dim);
-    if (col < count) {
-      const QuantizedRow row = quantize_row(first_row + col * stride_row, dim, 1.0f, scale, bytes);
-      norm = std::max(norm, row.quantized_norm);
-      residual_norm = max_or_nan(residual_norm, row.residual_norm);
-    }
-    for (int64_t d = 0; d < dim; d += 4) {
-      uint32_t four;
-      std::memcpy(&four, bytes + d, sizeof(four));
-      out[d / 4 * kPanelCols + col] = four ^ 0x80808080u;
-    }
-  }
-  keys.scale[index] = scale;
-  keys.norm[index] = norm;
-  keys.residual_norm[index] = residual_norm;
-}
-
-// False if the margin of these rows is too wide (or not a number): scan them in float.
-template <class Element>
-bool quantize_queries(const HeadView<Element>& view, const RowBlock& block, float key_norm, float key_residual_norm,
-                      QuantizedQueries& queries) {
-  const int64_t dim = view.problem.head_dim;
-  uint32_t* data = queries.data.reserve(kRowBlock * dim / 4);
-  constexpr int64_t kMostBytes = 1024;
-  alignas(64) int8_t bytes[kMostBytes];
-  float total = 0;
-  for (int64_t row = 0; row < block.num_groups() * kTileRows; ++row) {
-    std::memset(bytes, 0, dim);
-    queries.scale[row] = 1;
-    queries.epsilon[row] = 0;
-    queries.offset[row] = 0;
-    if (row < block.num_rows) {
-      const QuantizedRow quantized =
-          quantize_row(view.query(block.first_row + row), dim, view.units.query_factor, 0.0f, bytes);
-      queries.scale[row] = quantized.scale;
-      queries.offset[row] = 128 * quantized.sum;
-      // The last term covers the rounding of these numbers and of both scores to float.
-      queries.epsilon[row] = quantized.norm * key_residual_norm + quantized.residual_norm * key_norm +
-                             1e-5f * (quantized.norm + quantized.residual_norm) * (key_norm + key_residual_norm);
-      total += queries.epsilon[row];
-    }
-    for (int64_t d = 0; d < dim; d += 4) {
-      std::memcpy(data + (row / kTileRows * (dim / 4) + d / 4) * kTileRows + row % kTileRows, bytes + d, 4);
-    }
-  }
-  return 2 * total * view.units.unit <= kMostMargin * block.num_rows;
+  return {std::sqrt(reduce_add<float>(norm)), std::sqrt(reduce_add<float>(residual_norm)),
+          std::sqrt(reduce_add<float>(quantized_norm)), 128 * _mm512_reduce_add_epi32(sum)};
 }
 
 // What turns the row's integer sums into hits and scores, for one panel.
@@ -257,12 +206,170 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
   }
 }
 
+#elif defined(ADASPLASH2_AVX2)
+
+// So that the norm of the row is not above so many scales. Then no element overflows, and of two such rows neither does
+// any sum of products, by Cauchy and Schwarz: 2^30 is left of an int32_t for the thresholds.
+constexpr float kMostNorm = 32000;
+static_assert(kMostNorm + 16 < 32767.f && (kMostNorm + 16) * (kMostNorm + 16) < 1 << 30,
+              "16: what rounding adds to the norm of 512 elements is below sqrt(512) / 2");
+
+template <class Element>
+float least_scale(const Element* row, int64_t dim, float factor) {
+  constexpr float kLeastNorm = 1e-15f;  // its square is far above underflow
+  Vector<float> norm = {};
+  for (int64_t d = 0; d < dim; d += kLanes<float>) {
+    const Vector<float> x = load(row + d) * factor;
+    norm += x * x;
+  }
+  return max_or_nan(kLeastNorm, std::sqrt(reduce_add<float>(norm))) / kMostNorm;
+}
+
+// Rounds a row to multiples of `scale`. What it returns are bounds that follow from the scale; a NaN there is one here.
+template <class Element>
+QuantizedRow quantize_row(const Element* row, int64_t dim, float factor, float scale, int16_t* quantized) {
+  const float inverse = 1 / scale;
+  for (int64_t d = 0; d < dim; d += kLanes<float>) {
+    const __m256i rounded = _mm256_cvtps_epi32((__m256)(load(row + d) * factor * inverse));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(quantized + d),
+                     _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+  }
+  const float norm = kMostNorm * scale, residual_norm = 0.51f * scale * std::sqrt(static_cast<float>(dim));
+  return {norm, residual_norm, norm + residual_norm, 0};
+}
+
+struct QuantizedThresholds {
+  // acc starts at start[row]; it ends >= 0 where the score is above lower, and score = factor * (acc + base).
+  alignas(32) int32_t start[kRowBlock], base[kRowBlock];
+  alignas(32) float factor[kRowBlock];
+
+  void set(const float* lower, const QuantizedQueries& queries, float key_scale, int64_t num_rows) {
+    const __m256 most = _mm256_set1_ps(1 << 30);
+    for (int64_t row = 0; row < num_rows; row += 8) {
+      const __m256 scale = _mm256_mul_ps(_mm256_load_ps(queries.scale + row), _mm256_set1_ps(key_scale));
+      const __m256 bound = _mm256_div_ps(_mm256_load_ps(lower + row), scale);
+      const __m256 clamped = _mm256_max_ps(_mm256_min_ps(bound, most), _mm256_sub_ps(_mm256_setzero_ps(), most));
+      const __m256i below = _mm256_cvtps_epi32(_mm256_floor_ps(clamped));
+      const __m256i first = _mm256_add_epi32(below, _mm256_set1_epi32(1));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(base + row), first);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(start + row), _mm256_sub_epi32(_mm256_setzero_si256(), first));
+      _mm256_store_ps(factor + row, scale);
+    }
+  }
+};
+
+template <bool kEdited>
+__attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const uint32_t* panel, int64_t depth,
+                                                    int32_t first_key, int64_t first_row,
+                                                    const QuantizedThresholds& thresholds, const uint64_t* allowed,
+                                                    RowLists<float>& lists) {
+  constexpr int kCols = kTileCols<float>;
+  for (int sub = 0; sub < kPanelCols / kCols; ++sub) {
+    const uint32_t* tile = panel + sub * depth * kCols;
+    __m256i acc[kTileRows][2];
+#pragma GCC unroll 6
+    for (int row = 0; row < kTileRows; ++row)
+      acc[row][0] = acc[row][1] = _mm256_set1_epi32(thresholds.start[first_row + row]);
+    for (int64_t d = 0; d < depth; ++d) {
+      const __m256i key0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + d * kCols));
+      const __m256i key1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile + d * kCols + 8));
+#pragma GCC unroll 6
+      for (int row = 0; row < kTileRows; ++row) {
+        const __m256i query = _mm256_set1_epi32(static_cast<int32_t>(group[d * kTileRows + row]));
+        acc[row][0] = _mm256_add_epi32(acc[row][0], _mm256_madd_epi16(query, key0));
+        acc[row][1] = _mm256_add_epi32(acc[row][1], _mm256_madd_epi16(query, key1));
+      }
+    }
+#pragma GCC unroll 6
+    for (int row = 0; row < kTileRows; ++row) {
+      const auto negative = [](__m256i x) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)x)); };
+      if (negative(_mm256_and_si256(acc[row][0], acc[row][1])) == 0xff) continue;
+      int32_t size = lists.size[first_row + row];
+      const __m256i base = _mm256_set1_epi32(thresholds.base[first_row + row]);
+      const float factor = thresholds.factor[first_row + row];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const int first = sub * kCols + v * 8;
+        uint32_t hits = negative(acc[row][v]) ^ 0xff;
+        if constexpr (kEdited) hits &= static_cast<uint32_t>(allowed[row] >> first);
+        const auto score = (Vector<float>)_mm256_cvtepi32_ps(_mm256_add_epi32(acc[row][v], base)) * factor;
+        size += append_compressed<float>(lists.score[first_row + row] + size, lists.column[first_row + row] + size,
+                                         hits, score, first_key + first);
+      }
+      lists.size[first_row + row] = size;
+    }
+  }
+}
+
+#endif
+
+#if defined(ADASPLASH2_AVX2)
+
+template <class Element>
+void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t dim, int64_t index,
+                    QuantizedKeys& keys) {
+  constexpr int64_t kCols = kTileCols<float>;
+  uint32_t* out = keys.data.data() + index * keys.panel_size;
+  float scale = 0;
+  for (int64_t row = 0; row < count; ++row)
+    scale = max_or_nan(scale, least_scale(first_row + row * stride_row, dim, 1.0f));
+  float norm = 0, residual_norm = 0;
+  alignas(64) QuantizedElement elements[kMostQuantizedDim];
+  for (int64_t col = 0; col < kPanelCols; ++col) {
+    std::fill_n(elements, dim, QuantizedElement{0});
+    if (col < count) {
+      const QuantizedRow row = quantize_row(first_row + col * stride_row, dim, 1.0f, scale, elements);
+      norm = std::max(norm, row.quantized_norm);
+      residual_norm = max_or_nan(residual_norm, row.residual_norm);
+    }
+    for (int64_t word = 0; word < dim / kPerWord; ++word) {
+      uint32_t elements_of_word;
+      std::memcpy(&elements_of_word, elements + word * kPerWord, sizeof(elements_of_word));
+      out[(col / kCols * (dim / kPerWord) + word) * kCols + col % kCols] = elements_of_word ^ kKeyFlip;
+    }
+  }
+  keys.scale[index] = scale;
+  keys.norm[index] = norm;
+  keys.residual_norm[index] = residual_norm;
+}
+
+// False if the margin of these rows is too wide (or not a number): scan them in float.
+template <class Element>
+bool quantize_queries(const HeadView<Element>& view, const RowBlock& block, float key_norm, float key_residual_norm,
+                      QuantizedQueries& queries) {
+  const int64_t dim = view.problem.head_dim;
+  uint32_t* data = queries.data.reserve(kRowBlock * dim / kPerWord);
+  alignas(64) QuantizedElement elements[kMostQuantizedDim];
+  float total = 0;
+  for (int64_t row = 0; row < block.num_groups() * kTileRows; ++row) {
+    std::fill_n(elements, dim, QuantizedElement{0});
+    queries.scale[row] = 1;
+    queries.epsilon[row] = 0;
+    queries.offset[row] = 0;
+    if (row < block.num_rows) {
+      const Element* query = view.query(block.first_row + row);
+      queries.scale[row] = least_scale(query, dim, view.units.query_factor);
+      const QuantizedRow quantized = quantize_row(query, dim, view.units.query_factor, queries.scale[row], elements);
+      queries.offset[row] = quantized.offset;
+      // The last term covers the rounding of these numbers and of both scores to float.
+      queries.epsilon[row] = quantized.norm * key_residual_norm + quantized.residual_norm * key_norm +
+                             1e-5f * (quantized.norm + quantized.residual_norm) * (key_norm + key_residual_norm);
+      total += queries.epsilon[row];
+    }
+    for (int64_t word = 0; word < dim / kPerWord; ++word) {
+      std::memcpy(data + (row / kTileRows * (dim / kPerWord) + word) * kTileRows + row % kTileRows,
+                  elements + word * kPerWord, sizeof(uint32_t));
+    }
+  }
+  return 2 * total * view.units.unit <= kMostMargin * block.num_rows;
+}
+
 // Scans one panel for the named groups of the block's rows and prunes the lists that have grown.
 template <class Element, Exponent kExponent>
 void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, GroupSet groups,
                           const QuantizedQueries& queries, const QuantizedKeys& keys, int64_t kv_index, int64_t panel,
                           const Power<float, kExponent>& power, RowLists<float>& lists) {
-  const int64_t depth = view.problem.head_dim / 4, index = kv_index * keys.panels_per_head + panel;
+  const int64_t depth = view.problem.head_dim / kPerWord, index = kv_index * keys.panels_per_head + panel;
   const uint32_t* packed_panel = keys.data.data() + index * keys.panel_size;
   const int32_t first_key = static_cast<int32_t>(panel * kPanelCols);
   QuantizedThresholds thresholds;

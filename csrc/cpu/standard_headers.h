@@ -13,8 +13,8 @@
 #include <functional>
 #include <limits>
 #include <memory>
-#include <mutex>
 #include <new>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>

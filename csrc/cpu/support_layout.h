@@ -20,6 +20,7 @@
 namespace adasplash2::cpu {
 
 constexpr int64_t kRowBlock = 96;      // queries that are scanned together: a multiple of the micro-kernel's 6 rows
+constexpr int64_t kStripKeys = 256;    // problems of so few keys are always done in strips, and nothing is saved
 constexpr int64_t kSavedPerRow = 512;  // mean support up to which a row block is saved: 4 KB a row in float32
 
 // Row blocks that gather together, which is one task: the more, the fewer times they fetch K and V from beyond the L2
@@ -41,7 +42,7 @@ struct SupportLayout {
         num_rows(problem.batch * problem.num_heads * problem.num_queries),
         blocks_per_head((problem.num_queries + kRowBlock - 1) / kRowBlock),
         num_blocks(problem.batch * problem.num_heads * blocks_per_head),
-        block_capacity(kRowBlock * std::min(problem.num_keys, kSavedPerRow)),
+        block_capacity(problem.num_keys <= kStripKeys ? 0 : kRowBlock * std::min(problem.num_keys, kSavedPerRow)),
         gather_blocks(std::clamp<int64_t>(num_blocks / kLeastGatherTasks, 1, kMostGatherBlocks)) {}
 
   int64_t entry_bytes() const { return real_bytes + static_cast<int64_t>(sizeof(int32_t)); }
