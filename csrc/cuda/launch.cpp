@@ -40,6 +40,10 @@ int64_t column_mask_bytes(const AttentionProblem& problem) {
 // For as many blocks as a pass may have, as no block has fewer than 64 rows or keys and 64 columns, or as many of both
 // together.
 struct WorkOrderLayout {
+  struct Counters {
+    uint32_t num_taken;
+    EstimateFlags estimates;
+  };
   int64_t num_blocks;
 
   explicit WorkOrderLayout(const AttentionProblem& problem) {
@@ -50,10 +54,10 @@ struct WorkOrderLayout {
   }
   int64_t index_bytes() const { return align_up(num_blocks * int64_t(sizeof(BlockAt))); }
   int64_t level_bytes() const { return align_up(num_blocks); }
-  int64_t num_bytes() const { return index_bytes() + level_bytes() + align_up(int64_t(sizeof(uint32_t))); }
+  int64_t num_bytes() const { return index_bytes() + level_bytes() + align_up(int64_t(sizeof(Counters))); }
   WorkOrder at(uint8_t* bytes) const {
-    return {reinterpret_cast<BlockAt*>(bytes), bytes + index_bytes(),
-            reinterpret_cast<uint32_t*>(bytes + index_bytes() + level_bytes())};
+    Counters* const counters = reinterpret_cast<Counters*>(bytes + index_bytes() + level_bytes());
+    return {reinterpret_cast<BlockAt*>(bytes), bytes + index_bytes(), &counters->num_taken, &counters->estimates};
   }
 };
 

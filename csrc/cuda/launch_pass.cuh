@@ -40,8 +40,13 @@ inline bool wants_out_alone(const Forward& call) {
 }
 
 inline ScanParams scan_params(const Forward& call, const ForwardWorkspace& workspace) {
-  return {call.problem,        workspace.tau_lower,   workspace.tau_start,  workspace.is_coarse,
-          workspace.scan_mask, workspace.tile_excess, wants_out_alone(call)};
+  return {call.problem,
+          workspace.tau_lower,
+          workspace.tau_start,
+          workspace.is_coarse,
+          workspace.scan_mask,
+          workspace.tile_excess,
+          wants_out_alone(call) ? workspace.order.estimates : nullptr};
 }
 
 inline OutputParams output_params(const Forward& call, const ForwardWorkspace& workspace) {
@@ -55,7 +60,8 @@ inline OutputParams output_params(const Forward& call, const ForwardWorkspace& w
           call.gap_mean_v,
           call.tau,
           call.support_size,
-          call.block_mask};
+          call.block_mask,
+          workspace.order.estimates};
 }
 
 inline GradParams grad_params(const Backward& call, const BackwardWorkspace& workspace, const uint32_t* block_mask) {

@@ -14,6 +14,12 @@ struct BlockAt {
   uint32_t x, y_and_z;  // y in the lower half
 };
 
+// Whether anything came of the estimates of tau: 0, or not.
+struct EstimateFlags {
+  uint32_t are_trusted;  // the scan: those of some rows
+  uint32_t have_served;  // the output pass: some rows are done
+};
+
 struct ScanParams {
   AttentionProblem problem;
   float* tau_lower;
@@ -21,7 +27,7 @@ struct ScanParams {
   uint8_t* is_coarse;
   uint32_t* block_mask;
   uint16_t* tile_excess;
-  bool wants_estimate;  // sm90's: out is taken from tau_start, if it can be
+  EstimateFlags* estimates;  // sm90's; null where out is not taken from tau_start
 };
 
 struct OutputParams {
@@ -36,6 +42,7 @@ struct OutputParams {
   float* tau;             // (B, H, Nq) contiguous
   int32_t* support_size;  // (B, H, Nq) contiguous, nullable
   uint32_t* block_mask;
+  EstimateFlags* estimates;  // sm90's
 };
 
 struct GradParams {

@@ -10,9 +10,10 @@ namespace adasplash2::cuda {
 
 // The order in which the blocks of a pass run, of the pass that is about to.
 struct WorkOrder {
-  BlockAt* blocks;      // (most blocks of a pass,), sm80's (any_arch/work_order.cuh)
-  uint8_t* levels;      // (most blocks of a pass,), sm80's
-  uint32_t* num_taken;  // sm90's (sm90/work_queue.cuh)
+  BlockAt* blocks;           // (most blocks of a pass,), sm80's (any_arch/work_order.cuh)
+  uint8_t* levels;           // (most blocks of a pass,), sm80's
+  uint32_t* num_taken;       // sm90's (sm90/work_queue.cuh)
+  EstimateFlags* estimates;  // sm90's forward pass
 };
 
 // What forward and backward keep in the caller's workspace.

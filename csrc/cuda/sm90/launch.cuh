@@ -80,6 +80,9 @@ struct Instance {
     const ScanWithMaps params{query_rows_map(problem, problem.query, problem.head_dim, kWgmmaM),
                               key_rows_map(problem, problem.key, problem.head_dim, Config::kBlockN),
                               scan_params(call, workspace), query_blocks(problem, Config::kBlockM, workspace.order)};
+    if (params.pass.estimates != nullptr) {
+      check_cuda(cudaMemsetAsync(params.pass.estimates, 0, sizeof *params.pass.estimates, stream), "cudaMemsetAsync");
+    }
     for_alpha_kind(problem, [&](auto kind) {
       launch_kernel(scan_kernel<Element, kHeadDim, kind()>, dim3(prepare_staying(params.queue, stream)),
                     dim3(Config::kThreads), Config::kSmemBytes, stream, params);

@@ -119,12 +119,12 @@ struct OutputBlock {
   }
 
   // A bit for each consumer whose rows are for this kernel to serve. All lanes of the producer warp.
-  __device__ __forceinline__ uint32_t served_consumers(const Rows& rows) const {
+  __device__ __forceinline__ uint32_t served_consumers(const Rows& rows, bool serves_all) const {
     uint32_t served = 0;
 #pragma unroll
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       bool is_served = true;
-      if constexpr (kOutput != OutputKind::kAll) {
+      if (kOutput != OutputKind::kAll && !serves_all) {
         constexpr float kMostMisses = 0.25f;  // one, and the rows are done again, by way of a refinement
         const auto doubt = rows.template doubt<kRowsPerConsumer>(problem, params.pass.is_coarse,
                                                                  rows.row_begin + consumer * kRowsPerConsumer);
@@ -139,9 +139,10 @@ struct OutputBlock {
   __device__ __forceinline__ void produce() const {
     ItemSlots<1>::Position item;
     typename Tiles::Position position;
+    const bool serves_all = kOutput == OutputKind::kRest && params.pass.estimates->have_served == 0;
     for_each_taken_item(params.queue, [&](BlockAt block) {
       const Rows rows(problem, block);
-      const uint32_t served = served_consumers(rows);
+      const uint32_t served = served_consumers(rows, serves_all);
       if (served == 0) return;
       if (lane_id() == 0) {
         const BlockAt block_and_served{block.x | served << kServedShift, block.y_and_z};
@@ -355,6 +356,7 @@ struct OutputBlock {
     if constexpr (kOutput == OutputKind::kFromEstimate) {
       if (!__any_sync(kAllLanes, misses) && lane < kMaskRows && warp_row + lane < num_queries) {
         params.pass.is_coarse[head_row + warp_row + lane] = 0;
+        params.pass.estimates->have_served = 1;
       }
     }
 
@@ -374,6 +376,7 @@ template <typename Element, int kHeadDim, AlphaKind kKind, OutputKind kOutput>
 __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, 1)
     output_kernel(const __grid_constant__ OutputParams params) {
   const OutputBlock<Element, kHeadDim, kKind, kOutput> block(params);
+  if (kOutput == OutputKind::kFromEstimate && params.pass.estimates->are_trusted == 0) return;
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warpgroup_id() == 0) {

@@ -112,7 +112,11 @@ struct RowBounds {
   TailSums unproven[kRows];
   static constexpr bool kEstimates = kKind == AlphaKind::kOneAndHalf;
 
-  __device__ __forceinline__ void init(float to_z_, float alpha) {
+  // Where the output pass may start from the estimate, and not only a refinement: it is to be better, then.
+  bool wants_estimate;
+
+  __device__ __forceinline__ void init(float to_z_, float alpha, bool wants_estimate_) {
+    wants_estimate = kEstimates && wants_estimate_;
     to_z = to_z_;
     entmax.alpha = alpha;
 #pragma unroll
@@ -156,8 +160,8 @@ struct RowBounds {
   static __device__ __forceinline__ TailSums of_row(const TailSums& lane_sums) {
     return {quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
   }
-  static __device__ __forceinline__ NormTail tail(const TailSums& row_sums, int num_tiles) {
-    return kEstimates ? norm_tail(row_sums, num_tiles * Config::kBlockN) : NormTail::kShort;
+  __device__ __forceinline__ NormTail tail(const TailSums& lane_sums, int num_tiles) const {
+    return wants_estimate ? norm_tail(of_row(lane_sums), num_tiles * Config::kBlockN) : NormTail::kShort;
   }
   // After moves from old_point, where `likely_there` was likely.
   __device__ __forceinline__ void move_unproven(int r, const TailSums& likely_there, NormTail tail, float old_point) {
@@ -311,7 +315,7 @@ struct RowBounds {
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const NormTail tail_before = tail(of_row(likely_before[r]), num_tiles);
+      const NormTail tail_before = tail(likely_before[r], num_tiles);
       if (starts[r]) move_unproven(r, likely_before[r], tail_before, point_before[r]);
     }
   }
@@ -323,7 +327,7 @@ struct RowBounds {
     for (int r = 0; r < kRows; ++r) {
       const float target = 1.0f / entmax.norm(growth[r]);
       const NormLine line = row_line(sums[r], num_tiles);
-      const NormTail row_tail = tail(of_row(likely(r)), num_tiles);
+      const NormTail row_tail = tail(likely(r), num_tiles);
       if (!(line.height > 0.0f && line.slope > 0.0f)) continue;
       raise_threshold(r, point[r] + line.step_to(1.0f));
       move(r, row_tail, fmaxf(point[r] + line.distance_to(target, row_tail), threshold[r] * to_z));
@@ -338,12 +342,13 @@ struct RowBounds {
     if constexpr (!kEstimates) return {tau_lower, 1.0f};
     const TailSums total = of_row(likely(r));
     const NormLine likely_line = norm_line(entmax, total);
-    const float distance = likely_line.distance_to(1.0f, tail(total, num_tiles));
+    const float distance = likely_line.distance_to(1.0f, tail(likely(r), num_tiles));
     // The line's mean gap at tau_lower, less than the row's largest one there: a refinement must start where there are
     // keys. NaN where all sums were lost.
     constexpr float kLargestLoss = 0.3f;
     const float mean_gap = divide(line.height, line.slope) - (tau_lower - point[r]);
     const float tau = fminf(point[r] + distance, tau_lower + fmaxf(kLargestLoss * mean_gap, 0.0f));
+    if (!wants_estimate) return {fmaxf(tau, tau_lower), 1.0f};
     return {fmaxf(tau, tau_lower),
             chance_to_miss(num_equal_keys(total), divide(distance * likely_line.slope, likely_line.height),
                            kLargestShift<Element>)};
@@ -435,7 +440,6 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
   using QueryTile = typename Config::QueryTile;
   constexpr float kLargestGrowth = 4.0f;
   constexpr int kManyFullTiles = 6;
-  const bool wants_estimate = kKind == AlphaKind::kOneAndHalf && params.pass.wants_estimate;
   const AttentionProblem& problem = params.pass.problem;
   const WorkRange& range = block.range;
   const int batch = block.batch, head = block.head, num_tiles = Config::num_tiles(block);
@@ -454,7 +458,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
 
   const float alpha = head_alpha<kKind>(problem, batch, head);
   RowBounds<Element, kHeadDim, kKind> bounds;
-  bounds.init(score_to_z(problem, alpha), alpha);
+  bounds.init(score_to_z(problem, alpha), alpha, params.pass.estimates != nullptr);
   int visible[Config::kRowsPerLane];  // keys that the row sees
 #pragma unroll
   for (int r = 0; r < Config::kRowsPerLane; ++r) {
@@ -530,7 +534,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
     // Phase 4, where tile after tile has hits: their sums first, which tell what else there is to know, too.
     bool is_added = false;
     if constexpr (kKind == AlphaKind::kOneAndHalf) {
-      if (may_be_full) {
+      if (__builtin_expect(may_be_full, 0)) {  // elsewhere, so that the way past it is short
         float excess;
         is_added = bounds.add_full(score, snapshot_of(step), excess);
         if (is_added) {
@@ -593,7 +597,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
         bool saw_few[Config::kRowsPerLane], jumps = false;
 #pragma unroll
         for (int r = 0; r < Config::kRowsPerLane; ++r) {
-          saw_few[r] = wants_estimate && step == 1 && visible[r] - (key_begin + Config::kBlockN) < kFewKeys;
+          saw_few[r] = bounds.wants_estimate && step == 1 && visible[r] - (key_begin + Config::kBlockN) < kFewKeys;
           jumps |= saw_few[r];
         }
 #pragma unroll
@@ -703,11 +707,12 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
   // Phase 10: how far the estimates are to be trusted. Not at all where most tiles are dead: growth is counted in keys,
   // as if those that matter came evenly, and a refinement costs little there.
   constexpr float kMostlyLive = 0.7f;
-  const bool is_mostly_live = num_live >= kMostlyLive * (group_tiles * Config::kMaskTiles);
+  const bool is_trusted = bounds.wants_estimate && num_live >= kMostlyLive * (group_tiles * Config::kMaskTiles);
   for_each_row([&](int r, int64_t index, bool, bool has_tau) {
-    const uint8_t code = encode_doubt(is_mostly_live ? estimates[r].chance_to_miss : 1.0f);
+    const uint8_t code = encode_doubt(is_trusted ? estimates[r].chance_to_miss : 1.0f);
     params.pass.is_coarse[index] = has_tau ? code : uint8_t(0);
   });
+  if (is_trusted && lane == 0) params.pass.estimates->are_trusted = 1;
 }
 
 template <typename Element, int kHeadDim, AlphaKind kKind>
