@@ -118,21 +118,17 @@ struct OutputBlock {
     ptx::fence_mbarrier_init();
   }
 
-  // A bit for each consumer whose rows are for this kernel to serve. All lanes of the producer warp.
-  __device__ __forceinline__ uint32_t served_consumers(const Rows& rows, bool serves_all) const {
-    uint32_t served = 0;
-#pragma unroll
-    for (int consumer = 0; consumer < kConsumers; ++consumer) {
-      bool is_served = true;
-      if (kOutput != OutputKind::kAll && !serves_all) {
-        constexpr float kMostMisses = 0.25f;  // one, and the rows are done again, by way of a refinement
-        const auto doubt = rows.template doubt<kRowsPerConsumer>(problem, params.pass.is_coarse,
-                                                                 rows.row_begin + consumer * kRowsPerConsumer);
-        is_served = kOutput == OutputKind::kRest ? doubt.is_coarse : doubt.num_misses < kMostMisses;
-      }
-      served |= uint32_t(is_served) << consumer;
+  // Are a consumer's rows for this kernel to serve? All lanes of the producer warp.
+  __device__ __forceinline__ bool is_served(const Rows& rows, int consumer) const {
+    const int begin = rows.row_begin + consumer * kRowsPerConsumer;
+    if constexpr (kOutput == OutputKind::kFromEstimate) {
+      constexpr float kMostMisses = 0.25f;  // one, and the rows are done again, by way of a refinement
+      return rows.template num_misses<kRowsPerConsumer>(problem, params.pass.is_coarse, begin) < kMostMisses;
     }
-    return served;
+    if constexpr (kOutput == OutputKind::kRest) {
+      return rows.template any_coarse<kRowsPerConsumer>(problem, params.pass.is_coarse, begin);
+    }
+    return true;
   }
 
   // The producer warp.
@@ -142,7 +138,11 @@ struct OutputBlock {
     const bool serves_all = kOutput == OutputKind::kRest && params.pass.estimates->have_served == 0;
     for_each_taken_item(params.queue, [&](BlockAt block) {
       const Rows rows(problem, block);
-      const uint32_t served = served_consumers(rows, serves_all);
+      uint32_t served = 0;  // a bit for each consumer
+#pragma unroll
+      for (int consumer = 0; consumer < kConsumers; ++consumer) {
+        served |= uint32_t(serves_all || is_served(rows, consumer)) << consumer;
+      }
       if (served == 0) return;
       if (lane_id() == 0) {
         const BlockAt block_and_served{block.x | served << kServedShift, block.y_and_z};
@@ -375,15 +375,17 @@ struct OutputBlock {
 template <typename Element, int kHeadDim, AlphaKind kKind, OutputKind kOutput>
 __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, 1)
     output_kernel(const __grid_constant__ OutputParams params) {
+  // Consumers without weights can spare some, and the producer looks for what it has to serve.
+  constexpr int kMovedRegisters = kOutput == OutputKind::kRest ? 16 : 0;
   const OutputBlock<Element, kHeadDim, kKind, kOutput> block(params);
   if (kOutput == OutputKind::kFromEstimate && params.pass.estimates->are_trusted == 0) return;
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warpgroup_id() == 0) {
-    ptx::setmaxnreg_decrease<kProducerRegisters>();
+    ptx::setmaxnreg_decrease<kMovedRegisters + kProducerRegisters>();
     if (warp_id() == 0) block.produce();
   } else {
-    ptx::setmaxnreg_increase<kConsumerRegisters>();
+    ptx::setmaxnreg_increase<kConsumerRegisters - kMovedRegisters / 2>();
     block.consume(warpgroup_id() - 1);
   }
 }

@@ -152,8 +152,8 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     const LeftOperand<QueryTile, true> query(s_smem + Smem::kQuery + consumer * QueryTile::kBytes, 0);
 
     typename Tiles::Position position;
-    const auto doubt = Rows::template doubt<kRowsPerConsumer>(problem, params.is_coarse, consumer_row);
-    bool goes_on = true, is_refined = doubt.is_coarse;
+    bool goes_on = true;
+    bool is_refined = Rows::template any_coarse<kRowsPerConsumer>(problem, params.is_coarse, consumer_row);
     for (int pass = 0; goes_on && pass < kMaxRefinements; ++pass) {
       rows.clear_sums();
       int stage;
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(RefineConfig<kHeadDim>::kThreads, RefineConfig
     refine_kernel(const __grid_constant__ RefineParams params) {
   using Config = RefineConfig<kHeadDim>;
   const RefineBlock<Element, kHeadDim, kKind> block(params);
-  const auto doubt = block.template doubt<Config::kBlockM>(params.problem, params.is_coarse, block.row_begin);
-  if (!doubt.is_coarse) return block.copy();  // the same in all warps
+  const bool any_coarse = block.template any_coarse<Config::kBlockM>(params.problem, params.is_coarse, block.row_begin);
+  if (!any_coarse) return block.copy();  // the same in all warps
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warpgroup_id() == 0) {
