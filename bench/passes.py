@@ -22,17 +22,13 @@ from bench.attention import DTYPES
 from bench.cases import ALPHA, DENSE, Data, Inputs, Shape, make_inputs
 
 PASSES = ("forward", "training")
-_KERNEL = re.compile(r"adasplash2::cuda::(?:\w+::)?(\w+)_kernel(?:<.*OutputKind\)(\d))?")
-_OUTPUT_KINDS = ("output", "output, estimated", "output, rest")  # OutputKind in csrc/cuda/sm90/output.cuh
+_KERNEL = re.compile(r"adasplash2::cuda::(?:\w+::)?(\w+)_kernel")
 
 
 def kernel_name(full_name: str) -> str | None:
     """ "scan" of "void adasplash2::cuda::sm90::scan_kernel<...>(...)"; None for a kernel that is not ours."""
     match = _KERNEL.search(full_name)
-    if match is None:
-        return None
-    name, kind = match.groups()
-    return name.replace("_", " ") if kind is None else _OUTPUT_KINDS[int(kind)]
+    return None if match is None else match.group(1).replace("_", " ")
 
 
 def run(which: str, inputs: Inputs, shape: Shape) -> None:

@@ -104,10 +104,9 @@ def test_error_of_the_tangents(num_keys, factor):
     mean_gap = gap.sum(-1) / (gap > 0).sum(-1)
     shift = (tau - tau_lower) / mean_gap
     assert shift.mean() <= 0.22 and shift.max() <= 0.8
-    start_error = ((run.tau_start.cpu() - tau) / mean_gap).abs()
+    start_error = ((run.expected_tau.cpu() - tau) / mean_gap).abs()
     assert start_error.mean() <= 0.06 and start_error.max() <= 0.8
-    assert (run.tau_start.cpu() >= tau_lower).all()
-    assert (run.tau_start.cpu() < tau_lower + 0.4 * (exact_z(query, key, 1.5).amax(-1) - tau_lower)).all()
+    assert (run.expected_tau.cpu() < tau_lower + 0.4 * (exact_z(query, key, 1.5).amax(-1) - tau_lower)).all()
     assert run.is_coarse.all()
     assert (run.tau.cpu() - tau).abs().max() <= 1e-5
 
@@ -276,69 +275,34 @@ def assert_most_work_first(order: Tensor, work: Tensor) -> None:
     assert torch.equal(order, torch.sort(level, descending=True, stable=True).indices)
 
 
-SCAN_ROWS, SCAN_KEYS = 192, 128  # a block of sm90's scan, and a tile
-
-
-def scan_macs(num_queries: int, num_keys: int, head_dim: int) -> int:
-    """Of sm90's scan of one head without a mask: every tile once."""
-    groups = -(-num_queries // 64)
-    return groups * 64 * -(-num_keys // SCAN_KEYS) * SCAN_KEYS * head_dim
-
-
-def live_macs(mask: Tensor, head_dim: int) -> int:
-    """Of one product over the live tiles of 64 rows and 64 keys."""
-    return blocks(mask, 4).sum().item() * 64 * 64 * head_dim
-
-
 @only_sm90
 @on_both_paths
-@pytest.mark.parametrize("factor", [0.3, 0.1, 0.002])
-def test_out_alone_starts_from_the_estimate(factor):
-    """Supports of a hundred keys and more: no refinement, one product for the scores and two by the values."""
-    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 192, 3000), BF16)
-    tensors = [t.to(library.device()) for t in (query * factor, key, value)]
-    run = library.forward(library.build(), *tensors, out_alone=True)
-    assert not run.is_coarse.any(), "the estimate served all rows"
-    if not library.has_gpu():
-        macs = scan_macs(192, 3000, 64) + 3 * live_macs(run.scan_mask, 64)
-        assert run.counters["wgmma_macs"] == macs
-    assert_out_is_near(run, query * factor, key, value)
-
-
-@only_sm90
-@on_both_paths
-def test_out_alone_refines_small_supports():
-    """A few keys tell little of where tau is: those rows are not even tried."""
-    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 192, 1500), BF16)
-    tensors = [t.to(library.device()) for t in (query * 8, key, value)]
-    run = library.forward(library.build(), *tensors, out_alone=True)
-    assert run.is_coarse.all()
-    if not library.has_gpu():
-        tried = run.counters["wgmma_macs"] - scan_macs(192, 1500, 64)
-        assert tried in [(passes + 2) * live_macs(run.scan_mask, 64) for passes in (1, 2)]
-    assert_out_is_near(run, query * 8, key, value)
-
-
-@only_sm90
-@on_both_paths
-def test_out_alone_does_misses_again():
-    """The keys that come last in the walk weigh more than those before suggest: some rows miss, and are refined."""
-    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 256, 3000), BF16)
-    key[:, :, :300, :32] *= 1.4
-    query[:, :, :128, 32:] = 0
-    query[:, :, 128:, :32] = 0  # to these rows they do not
-    query *= 0.4
+@pytest.mark.parametrize("factor, is_causal", [(0.3, False), (0.3, True), (0.02, False)])
+def test_tiles_full_of_hits(factor, is_causal):
+    """Where every tile has some, the scan adds them by their sums alone: bounds and masks are what they were."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 96, 3000), BF16)
+    query = query * factor
     tensors = [t.to(library.device()) for t in (query, key, value)]
-    run = library.forward(library.build(), *tensors, out_alone=True)
-    left = run.is_coarse[0, 0].unflatten(0, (4, 64)).float().mean(-1).cpu()  # by consumers
-    assert 0 < left[0] < 1, "all were tried, and some missed"
-    assert (left[2:] == 0).all()
-    assert_out_is_near(run, query, key, value)
+    run = library.forward(library.build(), *tensors, is_causal=is_causal)
+    tau = exact_tau(query, key, value, 1.5, is_causal)
+    assert (run.tau_lower.cpu() <= tau + 2e-6).all() and ((run.tau.cpu() - tau).abs() <= 1e-5).all()
+    support = tiles_with(exact_z(query, key, 1.5, is_causal) > (tau + 4e-5).unsqueeze(-1))
+    assert (run.scan_mask.cpu() | ~support).all() and (run.block_mask.cpu() | ~support).all()
+
+    tensors[1][:, :, 1100] = torch.nan  # amid such tiles
+    with_nan = library.forward(library.build(), *tensors, is_causal=is_causal)
+    assert with_nan.tau.isnan().all() and with_nan.out.isnan().all()
 
 
-def assert_out_is_near(run: library.Run, query: Tensor, key: Tensor, value: Tensor) -> None:
-    """To a rounding of out and what the estimate may miss, about as much; by the norms of rows."""
-    tensors = (t.double() for t in (query, key, value))
-    exact = reference.entmax_attention(*tensors, alpha=1.5)
-    error = (run.out.cpu().double() - exact).norm(dim=-1) / exact.norm(dim=-1)
-    assert error.max() <= 2**-8, f"{error.max():.4f} in row {error.argmax()}"
+@only_sm90
+@on_both_paths
+def test_full_tiles_leave_the_mask():
+    """Tiles full of hits, until the keys that come last in the walk outdo them all."""
+    query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 128, 3000), BF16)
+    query = 0.3 * query
+    query[..., 0], key[..., 0] = 8.0, 0.0
+    key[:, :, 100:164, 0] = 8.0
+    run = library.forward(library.build(), *(t.to(library.device()) for t in (query, key, value)))
+    live = run.block_mask.any(-2)[0, 0]
+    assert live.nonzero().flatten().tolist() == [1, 2]
+    assert run.scan_mask.sum() <= 1.1 * run.block_mask.sum()

@@ -40,10 +40,6 @@ int64_t column_mask_bytes(const AttentionProblem& problem) {
 // For as many blocks as a pass may have, as no block has fewer than 64 rows or keys and 64 columns, or as many of both
 // together.
 struct WorkOrderLayout {
-  struct Counters {
-    uint32_t num_taken;
-    EstimateFlags estimates;
-  };
   int64_t num_blocks;
 
   explicit WorkOrderLayout(const AttentionProblem& problem) {
@@ -54,10 +50,10 @@ struct WorkOrderLayout {
   }
   int64_t index_bytes() const { return align_up(num_blocks * int64_t(sizeof(BlockAt))); }
   int64_t level_bytes() const { return align_up(num_blocks); }
-  int64_t num_bytes() const { return index_bytes() + level_bytes() + align_up(int64_t(sizeof(Counters))); }
+  int64_t num_bytes() const { return index_bytes() + level_bytes() + align_up(int64_t(sizeof(uint32_t))); }
   WorkOrder at(uint8_t* bytes) const {
-    Counters* const counters = reinterpret_cast<Counters*>(bytes + index_bytes() + level_bytes());
-    return {reinterpret_cast<BlockAt*>(bytes), bytes + index_bytes(), &counters->num_taken, &counters->estimates};
+    return {reinterpret_cast<BlockAt*>(bytes), bytes + index_bytes(),
+            reinterpret_cast<uint32_t*>(bytes + index_bytes() + level_bytes())};
   }
 };
 
@@ -211,7 +207,7 @@ int64_t block_mask_bytes(const AttentionProblem& problem) {
 
 int64_t forward_workspace_bytes(const AttentionProblem& problem) {
   const int64_t num_rows = num_rows_in_all(problem);
-  return 2 * align_up(num_rows * int64_t(sizeof(float))) + align_up(block_mask_bytes(problem)) + align_up(num_rows) +
+  return align_up(num_rows * int64_t(sizeof(float))) + align_up(block_mask_bytes(problem)) + align_up(num_rows) +
          align_up(tile_excess_bytes(problem)) + WorkOrderLayout(problem).num_bytes() + Splitter::inputs_bytes(problem);
 }
 
@@ -293,8 +289,6 @@ void forward(const Forward& given) {
   uint8_t* bytes = static_cast<uint8_t*>(call.workspace);
   ForwardWorkspace workspace;
   workspace.tau_lower = reinterpret_cast<float*>(bytes);
-  bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
-  workspace.tau_start = reinterpret_cast<float*>(bytes);
   bytes += align_up(num_rows_in_all(problem) * int64_t(sizeof(float)));
   workspace.scan_mask = reinterpret_cast<uint32_t*>(bytes);
   bytes += align_up(block_mask_bytes(problem));

@@ -35,33 +35,16 @@ inline dim3 grid_of(const AttentionProblem& problem, int64_t num_blocks, int64_t
               static_cast<unsigned>(problem.batch));
 }
 
-inline bool wants_out_alone(const Forward& call) {
-  return call.gap_mean_v.data == nullptr && call.support_size == nullptr;
-}
-
 inline ScanParams scan_params(const Forward& call, const ForwardWorkspace& workspace) {
-  return {call.problem,
-          workspace.tau_lower,
-          workspace.tau_start,
-          workspace.is_coarse,
-          workspace.scan_mask,
-          workspace.tile_excess,
-          wants_out_alone(call) ? workspace.order.estimates : nullptr};
+  return {call.problem, workspace.tau_lower, workspace.is_coarse, workspace.scan_mask, workspace.tile_excess};
 }
 
 inline OutputParams output_params(const Forward& call, const ForwardWorkspace& workspace) {
-  return {call.problem,
-          workspace.tau_lower,
-          workspace.tau_start,
-          workspace.is_coarse,
-          workspace.scan_mask,
-          workspace.order.blocks,
-          call.out,
-          call.gap_mean_v,
-          call.tau,
-          call.support_size,
-          call.block_mask,
-          workspace.order.estimates};
+  return {call.problem,           workspace.tau_lower,
+          workspace.is_coarse,    workspace.scan_mask,
+          workspace.order.blocks, call.out,
+          call.gap_mean_v,        call.tau,
+          call.support_size,      call.block_mask};
 }
 
 inline GradParams grad_params(const Backward& call, const BackwardWorkspace& workspace, const uint32_t* block_mask) {

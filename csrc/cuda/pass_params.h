@@ -14,27 +14,18 @@ struct BlockAt {
   uint32_t x, y_and_z;  // y in the lower half
 };
 
-// Whether anything came of the estimates of tau: 0, or not.
-struct EstimateFlags {
-  uint32_t are_trusted;  // the scan: those of some rows
-  uint32_t have_served;  // the output pass: some rows are done
-};
-
 struct ScanParams {
   AttentionProblem problem;
   float* tau_lower;
-  float* tau_start;  // sm90's
   uint8_t* is_coarse;
   uint32_t* block_mask;
   uint16_t* tile_excess;
-  EstimateFlags* estimates;  // sm90's; null where out is not taken from tau_start
 };
 
 struct OutputParams {
   AttentionProblem problem;
   const float* tau_lower;
-  const float* tau_start;  // sm90's
-  uint8_t* is_coarse;
+  const uint8_t* is_coarse;
   const uint32_t* scan_mask;
   const BlockAt* order;  // sm80's
   Rows out;
@@ -42,7 +33,6 @@ struct OutputParams {
   float* tau;             // (B, H, Nq) contiguous
   int32_t* support_size;  // (B, H, Nq) contiguous, nullable
   uint32_t* block_mask;
-  EstimateFlags* estimates;  // sm90's
 };
 
 struct GradParams {

@@ -10,19 +10,17 @@ namespace adasplash2::cuda {
 
 // The order in which the blocks of a pass run, of the pass that is about to.
 struct WorkOrder {
-  BlockAt* blocks;           // (most blocks of a pass,), sm80's (any_arch/work_order.cuh)
-  uint8_t* levels;           // (most blocks of a pass,), sm80's
-  uint32_t* num_taken;       // sm90's (sm90/work_queue.cuh)
-  EstimateFlags* estimates;  // sm90's forward pass
+  BlockAt* blocks;      // (most blocks of a pass,), sm80's (any_arch/work_order.cuh)
+  uint8_t* levels;      // (most blocks of a pass,), sm80's
+  uint32_t* num_taken;  // sm90's (sm90/work_queue.cuh)
 };
 
 // What forward and backward keep in the caller's workspace.
 struct ForwardWorkspace {
   float* tau_lower;       // (B, H, Nq)
-  float* tau_start;       // (B, H, Nq), sm90's: where tau is expected
   uint32_t* scan_mask;    // as the block mask
   uint16_t* tile_excess;  // (B, H, row groups, key tiles), the scan's own
-  uint8_t* is_coarse;     // (B, H, Nq), how much: see encode_doubt()
+  uint8_t* is_coarse;     // (B, H, Nq), how much: see encode_start()
   WorkOrder order;
 };
 

@@ -35,13 +35,6 @@ __device__ __forceinline__ float head_alpha(const AttentionProblem& problem, int
   if (problem.alpha_heads == nullptr) return static_cast<float>(problem.alpha);
   return static_cast<float>(problem.alpha_heads[batch * problem.alpha_stride_batch + head * problem.alpha_stride_head]);
 }
-// Of kernels that know it: a tensor of alphas goes to those that do not.
-template <AlphaKind kKind>
-__device__ __forceinline__ float head_alpha(const AttentionProblem& problem, int batch, int head) {
-  if constexpr (kKind == AlphaKind::kOneAndHalf) return 1.5f;
-  if constexpr (kKind == AlphaKind::kTwo) return 2.0f;
-  return head_alpha(problem, batch, head);
-}
 
 // sigma, but never so small that scores lose their unit: 2^-100 makes them all equal as 0 does.
 __device__ __forceinline__ float score_scale(const AttentionProblem& problem) {
@@ -62,10 +55,6 @@ using EntmaxOf = Entmax<kKind, std::conditional_t<std::is_same_v<Element, float>
 // gradients, which feel it to first order by way of gap_mean_v.
 template <typename Element>
 constexpr float kLargestTauError = std::is_same_v<Element, __half> ? 0x1p-11f : 0x1p-9f;
-
-// What |log f| may be there where nothing but out is wanted: shifted_fold() then misses out by about one rounding.
-template <typename Element>
-constexpr float kLargestShift = std::is_same_v<Element, __half> ? 0.044f : 0.125f;
 
 // NOTE: what a reduction leaves lies in uniform registers, and so does all that follows from it without divisions: it
 // saves the pointers of a dozen tensors in each thread's own.

@@ -24,28 +24,12 @@ constexpr int kMaxRefinements = 6;
 // For results in float: tau itself must be right to the last bit or two where gap_mean_v is taken.
 constexpr float kLargestLastPreciseRefinement = 0x1p-11f;
 
-// Where a scan expects tau, and the chance that the output pass cannot start from there: that |log f| is too large
-// (kLargestShift).
-struct TauEstimate {
-  float tau;
-  float chance_to_miss;
-};
-
-// Of a row whose sums are those of num_keys equal keys, and whose tau is expected `step` away from where they were
-// taken, in units of f / g. Measured: log f is 0 +- 0.29 / sqrt(num_keys) there, but for steps of half the way to the
-// end of the tail and more, of which a third end anywhere.
-ADASPLASH2_HOST_DEVICE float chance_to_miss(float num_keys, float step, float largest_shift) {
-  const float deviations = largest_shift / 0.29f * 0.7071f * sqrtf(num_keys);
-  const float chance = expf(-deviations * (1.1f + 0.76f * deviations));  // erfc, to a tenth of it
-  return step > 0.5f ? chance + 0.3f : chance;
+// Where the refinement of a row starts, as the scan leaves it in a byte: 0, tau_lower is good enough as it is; else tau
+// is expected so many units above it, and refining it from there takes fewer passes.
+constexpr float kStartUnit = 0x1p-11f;
+ADASPLASH2_HOST_DEVICE uint8_t encode_start(float distance) {
+  return static_cast<uint8_t>(fminf(fmaxf(distance / kStartUnit, 1.0f), 255.0f));
 }
-
-// As is_coarse keeps it in a byte: 0 is for rows that are not coarse. NaN is no chance at all.
-constexpr float kDoubtUnit = 1.0f / 254.0f;
-ADASPLASH2_HOST_DEVICE uint8_t encode_doubt(float chance) {
-  return static_cast<uint8_t>(1.5f + fminf(fmaxf(chance / kDoubtUnit, 0.0f), 254.0f));
-}
-ADASPLASH2_HOST_DEVICE float decode_doubt(uint8_t code) { return code > 0 ? (code - 1) * kDoubtUnit : 0.0f; }
 
 // Moves tau, at which the sums were taken, up by a step that never passes the root; at alpha = 1.5 and in 16 bits, once
 // that is near, to where a power law has the root, or misses it by an error that is known. Returns whether another pass
@@ -95,29 +79,6 @@ ADASPLASH2_HOST_DEVICE OutputFold output_fold(const Entmax<kKind, Power>& entmax
     fold.prob_scale = fold.weight_scale = tau;  // NaN: a score of the row was
   }
   return fold;
-}
-
-// The same at alpha = 1.5 without a count of the keys, for a tau that is near and nothing but out:
-//   out = (A_p prob_scale - A_w weight_scale)
-// An exponential tail has d = f log f / (2 g) and n = 2 g^2 / f. With x = log f, out is to second order
-//   (m_p - x m_w + x^2 / 2 m_1) / (1 - x + x^2 / 2),   m_p = A_p / f, m_w = A_w / g, m_1 the mean of v over the support
-// and of the unweighted mean 3/2 m_w - 1/2 m_p is the best that the other two tell: values that have nothing to do with
-// their gaps are missed by sqrt(1 / (2 n)) of their size. What is lost of out is 0.14 x^2 (by norms, the mean over
-// Gaussian rows); one key has its value whatever x is.
-struct ShiftedFold {
-  float prob_scale = 0.0f;
-  float weight_scale = 0.0f;
-  float shift = 0.0f;  // |x|
-};
-
-ADASPLASH2_HOST_DEVICE ShiftedFold shifted_fold(float prob_sum, float weight_sum, float tau) {
-  if (!(prob_sum > 0.0f)) {
-    const bool has_keys = tau < INFINITY;
-    return {tau != tau ? tau : 0.0f, 0.0f, has_keys ? INFINITY : 0.0f};
-  }
-  const float x = logf(prob_sum), of_prob = 1.0f - 0.25f * x * x, of_weight = x - 0.75f * x * x;
-  const float all = 1.0f / (of_prob - of_weight);
-  return {of_prob * all / prob_sum, of_weight * all / weight_sum, fabsf(x)};
 }
 
 // prob_scale where tau stays what it is, and weights are not added up.

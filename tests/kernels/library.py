@@ -223,7 +223,7 @@ class Run:
 
     @property
     def scan_mask(self) -> Tensor:
-        offset = 2 * _align(self.tau.numel() * 4)
+        offset = _align(self.tau.numel() * 4)
         words = self.workspace[offset : offset + self.block_mask_words.numel() * 4].view(torch.int32)
         return _unpack(words.view(self.block_mask_words.shape), self.block_mask.shape[-1])
 
@@ -232,18 +232,21 @@ class Run:
         """Of the output pass's blocks of 64 rows; sm80's, head dim 64."""
         batch, heads, groups, _ = self.block_mask.shape
         num_rows, mask_bytes = self.tau.numel(), self.block_mask_words.numel() * 4
-        offset = 2 * _align(num_rows * 4) + _align(mask_bytes) + _align(num_rows) + _align(self.block_mask.numel() * 2)
+        offset = _align(num_rows * 4) + _align(mask_bytes) + _align(num_rows) + _align(self.block_mask.numel() * 2)
         return _work_order(self.workspace, offset, batch, heads, -(-groups // 4))
 
     @property
-    def tau_start(self) -> Tensor:
-        """sm90's: where tau is expected."""
-        return self._rows_of(_align(self.tau.numel() * 4), torch.float32)
+    def is_coarse(self) -> Tensor:
+        return self._start.bool()
 
     @property
-    def is_coarse(self) -> Tensor:
-        offset = 2 * _align(self.tau.numel() * 4) + _align(self.block_mask_words.numel() * 4)
-        return self._rows_of(offset, torch.uint8).bool()
+    def expected_tau(self) -> Tensor:
+        """Of coarse rows: where their refinement starts."""
+        return self.tau_lower + self._start * 2.0**-11  # kStartUnit
+
+    @property
+    def _start(self) -> Tensor:
+        return self._rows_of(_align(self.tau.numel() * 4) + _align(self.block_mask_words.numel() * 4), torch.uint8)
 
 
 def _work_order(workspace: Tensor, offset: int, batch: int, heads: int, num_blocks: int) -> Tensor:

@@ -80,9 +80,6 @@ struct Instance {
     const ScanWithMaps params{query_rows_map(problem, problem.query, problem.head_dim, kWgmmaM),
                               key_rows_map(problem, problem.key, problem.head_dim, Config::kBlockN),
                               scan_params(call, workspace), query_blocks(problem, Config::kBlockM, workspace.order)};
-    if (params.pass.estimates != nullptr) {
-      check_cuda(cudaMemsetAsync(params.pass.estimates, 0, sizeof *params.pass.estimates, stream), "cudaMemsetAsync");
-    }
     for_alpha_kind(problem, [&](auto kind) {
       launch_kernel(scan_kernel<Element, kHeadDim, kind()>, dim3(prepare_staying(params.queue, stream)),
                     dim3(Config::kThreads), Config::kSmemBytes, stream, params);
@@ -93,7 +90,7 @@ struct Instance {
     using Config = RefineConfig<kHeadDim>;
     const AttentionProblem& problem = call.problem;
     const RefineParams params{problem,
-                              workspace.tau_start,
+                              workspace.tau_lower,
                               workspace.is_coarse,
                               workspace.scan_mask,
                               call.tau,
@@ -110,22 +107,19 @@ struct Instance {
     using Config = OutputConfig<kHeadDim>;
     const AttentionProblem& problem = call.problem;
     const cudaStream_t stream = stream_of(call.stream);
+    refine(call, workspace);
     const OutputParams params = with_tensor_maps<kHeadDim>(output_params(call, workspace),
                                                            query_blocks(problem, Config::kBlockM, workspace.order));
     const auto launch = [&](auto kernel) {
       launch_kernel(kernel, dim3(prepare_staying(params.queue, stream)), dim3(Config::kThreads),
                     OutputSmem<kHeadDim>::kBytes, stream, params);
     };
+    const bool wants_weights = call.gap_mean_v.data != nullptr || call.support_size != nullptr;
     for_alpha_kind(problem, [&](auto kind) {
       if constexpr (kind() == AlphaKind::kOneAndHalf) {
-        if (wants_out_alone(call)) {
-          launch(output_kernel<Element, kHeadDim, kind(), OutputKind::kFromEstimate>);
-          refine(call, workspace);
-          return launch(output_kernel<Element, kHeadDim, kind(), OutputKind::kRest>);
-        }
+        if (!wants_weights) return launch(output_kernel<Element, kHeadDim, kind(), false>);
       }
-      refine(call, workspace);
-      launch(output_kernel<Element, kHeadDim, kind(), OutputKind::kAll>);
+      launch(output_kernel<Element, kHeadDim, kind(), true>);
     });
   }
 

@@ -1,7 +1,7 @@
 // Pass B, the output, on Hopper: outputs and mathematics are those of sm80/output.cuh (docs/kernels.md, "sm90"). tau is
-// read too: the sums are taken where refine.cuh has brought it.
-//
-// At alpha = 1.5, where nothing but out is wanted, refinement can mostly be done without: see OutputKind.
+// read too: the sums are taken where refine.cuh has brought it. Where alpha = 1.5 that is tau to the rounding of 16
+// bits; if neither gap_mean_v nor support_size is wanted, it is left at that, and the values are added up with prob
+// alone.
 //
 // Blocks stay, and take blocks of kBlockM rows of a head one after the other (work_queue.cuh). A producer warp brings
 // their queries and live key tiles, K and V, by TMA; each consumer warpgroup owns 64 rows, a warp 16 of them.
@@ -28,14 +28,6 @@
 #include "math/refinement.h"
 
 namespace adasplash2::cuda::sm90 {
-
-enum class OutputKind {
-  kAll,           // from a refined tau
-  kFromEstimate,  // out alone, from where the scan expects tau, and only of blocks where that should do; rows that it
-                  // served are no longer coarse
-  kRest,          // out alone, of blocks with coarse rows, from a tau that refinement has brought to the rounding of 16
-                  // bits: values are added up with prob alone
-};
 
 struct OutputParams {
   cuda::OutputParams pass;
@@ -77,7 +69,7 @@ struct OutputSmem {
   static_assert(kBytes <= kSmemPerBlock, "more shared memory than a block can have");
 };
 
-template <typename Element, int kHeadDim, AlphaKind kKind, OutputKind kOutput>
+template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasWeights>
 struct OutputBlock {
   using Config = OutputConfig<kHeadDim>;
   using Smem = OutputSmem<kHeadDim>;
@@ -88,12 +80,7 @@ struct OutputBlock {
   static constexpr int kConsumers = Config::kConsumers;
   static constexpr int kScores = Config::kBlockN / 2;  // of a lane, in a tile
   static constexpr int kSums = kHeadDim / 2;
-  static constexpr bool kHasWeights = kOutput != OutputKind::kRest;
-  static_assert(kOutput == OutputKind::kAll || kKind == AlphaKind::kOneAndHalf, "the last step takes A_w and a count");
-  // In an item's x: above the block, a bit for each consumer that is served.
-  static constexpr int kServedShift = 24;
-  static_assert(kMaxKeys / Config::kBlockM < int64_t(1) << kServedShift, "a block's index and the bits above it");
-  static_assert(kConsumers < 32 - kServedShift, "no item looks like ItemSlots::kNone");
+  static_assert(kHasWeights || kKind == AlphaKind::kOneAndHalf, "the last step takes A_w");
   // Beside the products of the tile before, where weights cost little enough to be computed twice.
   static constexpr bool kSumsBesideProducts = kKind != AlphaKind::kGeneral;
 
@@ -118,43 +105,20 @@ struct OutputBlock {
     ptx::fence_mbarrier_init();
   }
 
-  // Are a consumer's rows for this kernel to serve? All lanes of the producer warp.
-  __device__ __forceinline__ bool is_served(const Rows& rows, int consumer) const {
-    const int begin = rows.row_begin + consumer * kRowsPerConsumer;
-    if constexpr (kOutput == OutputKind::kFromEstimate) {
-      constexpr float kMostMisses = 0.25f;  // one, and the rows are done again, by way of a refinement
-      return rows.template num_misses<kRowsPerConsumer>(problem, params.pass.is_coarse, begin) < kMostMisses;
-    }
-    if constexpr (kOutput == OutputKind::kRest) {
-      return rows.template any_coarse<kRowsPerConsumer>(problem, params.pass.is_coarse, begin);
-    }
-    return true;
-  }
-
   // The producer warp.
   __device__ __forceinline__ void produce() const {
     ItemSlots<1>::Position item;
     typename Tiles::Position position;
-    const bool serves_all = kOutput == OutputKind::kRest && params.pass.estimates->have_served == 0;
     for_each_taken_item(params.queue, [&](BlockAt block) {
       const Rows rows(problem, block);
-      uint32_t served = 0;  // a bit for each consumer
-#pragma unroll
-      for (int consumer = 0; consumer < kConsumers; ++consumer) {
-        served |= uint32_t(serves_all || is_served(rows, consumer)) << consumer;
-      }
-      if (served == 0) return;
       if (lane_id() == 0) {
-        const BlockAt block_and_served{block.x | served << kServedShift, block.y_and_z};
-        const uint32_t query_full = slot.fill(item, block_and_served, QueryTile::kBytes);
+        const uint32_t query_full = slot.fill(item, block, QueryTile::kBytes);
         QueryTile::load(s_smem + Smem::kQuery, &params.query, query_full, rows.row_begin, rows.head, rows.batch);
       }
       item.advance();
       for_each_live_key_tile<kConsumers>(params.pass.scan_mask + rows.mask_row(problem, rows.row_begin),
                                          rows.num_row_groups(), rows.mask_shape.key_words(), rows.num_key_tiles(),
                                          [&](int tile, uint32_t live) {
-                                           live &= served;
-                                           if (live == 0) return;
                                            tiles.load_keys_and_values(position, tile, live, &params.key, &params.value,
                                                                       rows.kv_head, rows.batch, rows.range);
                                            position.advance();
@@ -170,16 +134,13 @@ struct OutputBlock {
     ItemSlots<1>::Position item;
     typename Tiles::Position position;
     for (BlockAt block; (block = slot.wait(item)).x != slot.kNone; item.advance()) {
-      const bool is_served = (block.x >> (kServedShift + consumer) & 1u) != 0;
-      block.x &= (1u << kServedShift) - 1;
-      consume(consumer, Rows(problem, block), is_served, item, position);
+      consume(consumer, Rows(problem, block), item, position);
     }
     if (lane_id() == 0) ptx::tma_store_wait_read<0>();
   }
 
   // A consumer's part of an item.
-  __device__ __forceinline__ void consume(int consumer, const Rows& block, bool is_served,
-                                          const ItemSlots<1>::Position& item,
+  __device__ __forceinline__ void consume(int consumer, const Rows& block, const ItemSlots<1>::Position& item,
                                           typename Tiles::Position& position) const {
     const WorkRange& range = block.range;
     const int batch = block.batch, head = block.head, row_begin = block.row_begin;
@@ -192,8 +153,7 @@ struct OutputBlock {
     const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
     const Entmax<kKind> entmax{alpha};
     ConsumerRows<kKind> rows;
-    rows.init(range, warp_row,
-              (kOutput == OutputKind::kFromEstimate ? params.pass.tau_start : params.pass.tau) + head_row);
+    rows.init(range, warp_row, params.pass.tau + head_row);
 
     // Phase 1: the queries.
     const LeftOperand<QueryTile, Config::kQueryInRegisters> query(s_smem + Smem::kQuery, consumer * kRowsPerConsumer);
@@ -209,7 +169,7 @@ struct OutputBlock {
     // Phase 2: the sums over the live tiles, and which of them are live at tau. The scores of a tile are computed
     // while the values of the one before it are still being added.
     uint32_t* g_mask = params.pass.block_mask + block.mask_row(problem, warp_row);
-    const bool writes_mask = lane == 0 && warp_row < num_queries && is_served;
+    const bool writes_mask = lane == 0 && warp_row < num_queries;
     uint32_t mask_bits = 0;
     int word = 0;
     const auto finish_words_before = [&](int end) {
@@ -218,7 +178,7 @@ struct OutputBlock {
         mask_bits = 0;
       }
     };
-    const bool counts = kOutput == OutputKind::kAll && params.pass.support_size != nullptr;
+    const bool counts = params.pass.support_size != nullptr;
     // Without weights, gaps become probs at once.
     const auto make_gaps_and_mask = [&](int tile) {
       finish_words_before(mask_word(tile));
@@ -314,49 +274,30 @@ struct OutputBlock {
     }
     if constexpr (!Config::kQueryInRegisters) slot.release(item);
     finish_words_before(block.mask_shape.key_words());
-    if (kOutput != OutputKind::kAll && !is_served) return;
 
     // Phase 3: the last step for tau, and its fold into the output.
-    const auto fold_out = [&](int half, float prob_scale, float weight_scale) {
-#pragma unroll
-      for (int i = 0; i < kSums; ++i) {
-        if (i / 2 % 2 == half) sum_prob_v[i] = sum_prob_v[i] * prob_scale - sum_weight_v[i] * weight_scale;
-      }
-    };
-    bool misses = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + accumulator_row(lane, half);
-      const bool is_there = row < num_queries;
-      if constexpr (kOutput == OutputKind::kRest) {
+      if constexpr (!kHasWeights) {
         const float scale = output_scale(quad_sum(rows.prob_sum[half]), rows.tau[half]);
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
           if (i / 2 % 2 == half) sum_prob_v[i] *= scale;
         }
-      } else if constexpr (kOutput == OutputKind::kFromEstimate) {
-        const ShiftedFold fold =
-            shifted_fold(quad_sum(rows.prob_sum[half]), quad_sum(rows.weight_sum[half]), rows.tau[half]);
-        fold_out(half, fold.prob_scale, fold.weight_scale);
-        misses |= is_there && fold.shift > kLargestShift<Element>;
       } else {
         const RowSums total = rows.total(half);
         const OutputFold fold = output_fold(entmax, total, rows.tau[half]);
-        fold_out(half, fold.prob_scale, fold.shift * fold.prob_scale);
 #pragma unroll
         for (int i = 0; i < kSums; ++i) {
-          if (i / 2 % 2 == half) sum_weight_v[i] *= fold.weight_scale;
+          if (i / 2 % 2 != half) continue;
+          sum_prob_v[i] = (sum_prob_v[i] - fold.shift * sum_weight_v[i]) * fold.prob_scale;
+          sum_weight_v[i] *= fold.weight_scale;
         }
-        if (lane % 4 == 0 && is_there) {
+        const int row = warp_row + accumulator_row(lane, half);
+        if (lane % 4 == 0 && row < num_queries) {
           params.pass.tau[head_row + row] = rows.tau[half] + fold.step;
           if (counts) params.pass.support_size[head_row + row] = static_cast<int32_t>(total.count);
         }
-      }
-    }
-    if constexpr (kOutput == OutputKind::kFromEstimate) {
-      if (!__any_sync(kAllLanes, misses) && lane < kMaskRows && warp_row + lane < num_queries) {
-        params.pass.is_coarse[head_row + warp_row + lane] = 0;
-        params.pass.estimates->have_served = 1;
       }
     }
 
@@ -365,27 +306,24 @@ struct OutputBlock {
     __syncwarp();
     store_warp_rows<Element, QueryTile>(&params.out, s_smem + Smem::kOut, block_warp * kMaskRows, sum_prob_v, warp_row,
                                         head, batch);
-    if (kOutput == OutputKind::kAll && params.pass.gap_mean_v.data != nullptr) {
+    if (params.pass.gap_mean_v.data != nullptr) {
       store_warp_rows<Element, QueryTile>(&params.gap_mean_v, s_smem + Smem::kGapMeanV, block_warp * kMaskRows,
                                           sum_weight_v, warp_row, head, batch);
     }
   }
 };
 
-template <typename Element, int kHeadDim, AlphaKind kKind, OutputKind kOutput>
+template <typename Element, int kHeadDim, AlphaKind kKind, bool kHasWeights>
 __global__ void __launch_bounds__(OutputConfig<kHeadDim>::kThreads, 1)
     output_kernel(const __grid_constant__ OutputParams params) {
-  // Consumers without weights can spare some, and the producer looks for what it has to serve.
-  constexpr int kMovedRegisters = kOutput == OutputKind::kRest ? 16 : 0;
-  const OutputBlock<Element, kHeadDim, kKind, kOutput> block(params);
-  if (kOutput == OutputKind::kFromEstimate && params.pass.estimates->are_trusted == 0) return;
+  const OutputBlock<Element, kHeadDim, kKind, kHasWeights> block(params);
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warpgroup_id() == 0) {
-    ptx::setmaxnreg_decrease<kMovedRegisters + kProducerRegisters>();
+    ptx::setmaxnreg_decrease<kProducerRegisters>();
     if (warp_id() == 0) block.produce();
   } else {
-    ptx::setmaxnreg_increase<kConsumerRegisters - kMovedRegisters / 2>();
+    ptx::setmaxnreg_increase<kConsumerRegisters>();
     block.consume(warpgroup_id() - 1);
   }
 }

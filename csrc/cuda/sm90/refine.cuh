@@ -1,7 +1,7 @@
-// Between pass A and pass B on Hopper: exact row sums over the live tiles take coarse rows from tau_start to tau,
+// Between pass A and pass B on Hopper: exact row sums over the live tiles take coarse rows from near tau_lower to tau,
 // or so close to it that pass B's last step does the rest (docs/algorithm.md, section 4).
 //
-//   in   query, key; tau_start, is_coarse and the mask, as the scan left them
+//   in   query, key; tau_lower, is_coarse and the mask, as the scan left them
 //   out  tau (B, H, Nq) float: where pass B takes its sums
 //
 // Grid (blocks of kBlockM rows, H, B), under is_causal those with most work first. A producer warp brings the live key
@@ -32,7 +32,7 @@ namespace adasplash2::cuda::sm90 {
 
 struct RefineParams {
   AttentionProblem problem;
-  const float* tau_start;
+  const float* tau_lower;
   const uint8_t* is_coarse;
   const uint32_t* scan_mask;
   float* tau;
@@ -86,6 +86,16 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     return reinterpret_cast<int*>(smem + Smem::kVotes) + pass % 2 * Smem::kConsumerWarps;
   }
 
+  // Is a row of [begin, begin + num_rows) coarse? All lanes of a warp.
+  __device__ __forceinline__ bool is_coarse(int begin, int num_rows) const {
+    const uint8_t* g_is_coarse = params.is_coarse + row_index(problem, batch, head, 0);
+    bool found = false;
+    for (int row = begin + lane_id(); row < min(begin + num_rows, range.num_queries); row += kWarpSize) {
+      found |= g_is_coarse[row] != 0;
+    }
+    return __any_sync(kAllLanes, found);
+  }
+
   // After a pass, the consumers and the producer warp: does any warp want another?
   __device__ __forceinline__ bool any_goes_on(int pass) const {
     __syncwarp();
@@ -96,12 +106,12 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     return any != 0;
   }
 
-  // Of a block without coarse rows: tau_start it is.
+  // Of a block without coarse rows: tau_lower it is.
   __device__ __forceinline__ void copy() const {
     const int64_t head_row = row_index(problem, batch, head, 0);
     const int row = row_begin + threadIdx.x;
     if (threadIdx.x < Config::kBlockM && row < range.num_queries) {
-      params.tau[head_row + row] = params.tau_start[head_row + row];
+      params.tau[head_row + row] = params.tau_lower[head_row + row];
     }
   }
 
@@ -146,14 +156,20 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
     const float alpha = head_alpha(problem, batch, head), to_z = score_to_z(problem, alpha);
     const Entmax<kKind> entmax{alpha};
     ConsumerRows<kKind> rows;
-    rows.init(range, warp_row, params.tau_start + head_row);
+    rows.init(range, warp_row, params.tau_lower + head_row);
+    if constexpr (kKind == AlphaKind::kOneAndHalf) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + accumulator_row(lane, half);
+        if (row < range.num_queries) rows.tau[half] += params.is_coarse[head_row + row] * kStartUnit;
+      }
+    }
 
     ptx::mbarrier_wait(s_smem + Smem::kQueryFull, 0);
     const LeftOperand<QueryTile, true> query(s_smem + Smem::kQuery + consumer * QueryTile::kBytes, 0);
 
     typename Tiles::Position position;
-    bool goes_on = true;
-    bool is_refined = Rows::template any_coarse<kRowsPerConsumer>(problem, params.is_coarse, consumer_row);
+    bool goes_on = true, is_refined = is_coarse(consumer_row, kRowsPerConsumer);
     for (int pass = 0; goes_on && pass < kMaxRefinements; ++pass) {
       rows.clear_sums();
       int stage;
@@ -203,8 +219,7 @@ __global__ void __launch_bounds__(RefineConfig<kHeadDim>::kThreads, RefineConfig
     refine_kernel(const __grid_constant__ RefineParams params) {
   using Config = RefineConfig<kHeadDim>;
   const RefineBlock<Element, kHeadDim, kKind> block(params);
-  const bool any_coarse = block.template any_coarse<Config::kBlockM>(params.problem, params.is_coarse, block.row_begin);
-  if (!any_coarse) return block.copy();  // the same in all warps
+  if (!block.is_coarse(block.row_begin, Config::kBlockM)) return block.copy();  // the same in all warps
   if (threadIdx.x == 0) block.init_barriers();
   __syncthreads();
   if (warpgroup_id() == 0) {

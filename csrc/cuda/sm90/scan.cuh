@@ -3,8 +3,7 @@
 //
 //   in   query (B, H, Nq, D), key (B, Hkv, Nk, D)
 //   out  tau_lower (B, H, Nq) float, in units of z; +inf for a row without keys, NaN for a row with a NaN or +inf score
-//        tau_start (B, H, Nq) float: where tau is expected at alpha = 1.5, else tau_lower
-//        is_coarse (B, H, Nq) uint8, not 0 for any row with a tau: how doubtful that is (math/refinement.h)
+//        is_coarse (B, H, Nq) uint8, not 0 for any row with a tau: all of these bounds are refined (math/refinement.h)
 //        block_mask (rows, see block_mask.h): 0 where no score of the tile exceeds a lower bound of its row's tau
 //   own  tile_excess (B, H, row groups, key tiles) uint16
 //
@@ -96,12 +95,13 @@ using TileMaxima = float[ScanConfig<kHeadDim>::kMaskTiles][ScanConfig<kHeadDim>:
 
 // What a warp knows of its 16 rows so far. A lane keeps the two rows of its quad; `sums` are of the keys in its own
 // columns, the rest is the same in the four lanes.
-template <typename Element, int kHeadDim, AlphaKind kKind>
+template <int kHeadDim, AlphaKind kKind>
 struct RowBounds {
   using Config = ScanConfig<kHeadDim>;
   static constexpr int kRows = Config::kRowsPerLane;
 
-  float to_z;
+  float* s_snapshots;  // [kSnapshots][kRowsPerWarp], thresholds as they were
+  float to_z, from_z;
   Entmax<kKind> entmax;
 
   float threshold[kRows];  // in units of the score: at or below tau, so only scores above it can matter; +inf: none can
@@ -112,12 +112,10 @@ struct RowBounds {
   TailSums unproven[kRows];
   static constexpr bool kEstimates = kKind == AlphaKind::kOneAndHalf;
 
-  // Where the output pass may start from the estimate, and not only a refinement: it is to be better, then.
-  bool wants_estimate;
-
-  __device__ __forceinline__ void init(float to_z_, float alpha, bool wants_estimate_) {
-    wants_estimate = kEstimates && wants_estimate_;
+  __device__ __forceinline__ void init(float* s_snapshots_, float to_z_, float alpha) {
+    s_snapshots = s_snapshots_;
     to_z = to_z_;
+    from_z = 1.0f / to_z_;
     entmax.alpha = alpha;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -140,8 +138,8 @@ struct RowBounds {
   }
   // To the largest score that is certainly at or below a bound.
   __device__ __forceinline__ void raise_threshold(int r, float bound) {
-    const float score = divide(round_below(bound), to_z);
-    set_threshold(r, fmaxf(threshold[r], score - fabsf(score) * 0x1p-20f));
+    const float score = round_below(bound) * from_z;
+    set_threshold(r, fmaxf(threshold[r], score - fabsf(score) * 0x1p-22f));
   }
 
   // A NaN is a hit: it must be seen.
@@ -157,24 +155,18 @@ struct RowBounds {
   __device__ __forceinline__ TailSums likely(int r) const {
     return {sums[r].prob + unproven[r].prob, sums[r].weight + unproven[r].weight};
   }
-  static __device__ __forceinline__ TailSums of_row(const TailSums& lane_sums) {
-    return {quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
-  }
-  __device__ __forceinline__ NormTail tail(const TailSums& lane_sums, int num_tiles) const {
-    return wants_estimate ? norm_tail(of_row(lane_sums), num_tiles * Config::kBlockN) : NormTail::kShort;
-  }
   // After moves from old_point, where `likely_there` was likely.
-  __device__ __forceinline__ void move_unproven(int r, const TailSums& likely_there, NormTail tail, float old_point) {
+  __device__ __forceinline__ void move_unproven(int r, const TailSums& likely_there, float old_point) {
     if constexpr (kEstimates) {
-      const TailSums likely_here = expected(entmax, likely_there, point[r] - old_point, tail);
+      const TailSums likely_here = expected(entmax, likely_there, point[r] - old_point);
       unproven[r] = {likely_here.prob - sums[r].prob, likely_here.weight - sums[r].weight};
     }
   }
-  __device__ __forceinline__ void move(int r, NormTail tail, float new_point) {
+  __device__ __forceinline__ void move(int r, float new_point) {
     const TailSums likely_there = likely(r);
     const float old_point = point[r];
     move_certain(r, new_point);
-    move_unproven(r, likely_there, tail, old_point);
+    move_unproven(r, likely_there, old_point);
   }
 
   // The sums of lane and tile columns [kBegin, kEnd) at the points, beside what is there.
@@ -260,7 +252,9 @@ struct RowBounds {
       sums[r].prob += prob[r];
       sums[r].weight += weight;
       // No gap is larger than the sum of all, which is of half precision: see row_line().
-      most = fmaxf(most, point[r] - threshold_then(snapshot, r) * to_z + weight * (1.0f + 0x1p-7f));
+      const float point_excess =
+          point[r] - s_snapshots[snapshot * Config::kRowsPerWarp + row_in_warp(lane_id(), r)] * to_z;
+      most = fmaxf(most, point_excess + weight * (1.0f + 0x1p-7f));
     }
     largest_excess = warp_max_of_positive(most);
     return true;
@@ -271,7 +265,7 @@ struct RowBounds {
   // height, and as much for what the moves before have added. Of others: `num_tiles` bounds it, 32 terms a tile and
   // chain.
   __device__ __forceinline__ NormLine row_line(const TailSums& lane_sums, int num_tiles) const {
-    const TailSums total = of_row(lane_sums);
+    const TailSums total{quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
     NormLine line = norm_line(entmax, total);
     constexpr float kSlack = kKind == AlphaKind::kOneAndHalf ? 0x1p-6f : kKind == AlphaKind::kTwo ? 0x1p-18f : 0x1p-15f;
     const float slack = num_tiles * 0x1p-19f + kSlack;
@@ -279,11 +273,10 @@ struct RowBounds {
     return line;
   }
 
-  // Rows whose window (max - 1, max] has jumped above their point, or that see their first keys, or have seen few
-  // before, start again from this tile, of whose keys tau is found by Newton's method. Its sums are not added yet. The
-  // whole warp.
+  // Rows whose window (max - 1, max] has jumped above their point, or that see their first keys, start again from this
+  // tile, of whose keys tau is found by Newton's method. Its sums are not added yet. The whole warp.
   __device__ __forceinline__ void settle(const ScoreTile<kHeadDim>& score, const TileMaxima<kHeadDim>& tile_max,
-                                         const bool (&saw_few)[kRows], int num_tiles) {
+                                         int num_tiles) {
     constexpr int kSteps = 3;
     const TailSums likely_before[kRows] = {likely(0), likely(1)};
     const float point_before[kRows] = {point[0], point[1]};
@@ -293,7 +286,7 @@ struct RowBounds {
       const float lane_max = ptx::max_nan(tile_max[0][r], tile_max[1][r]);
       const float row_max = quad_max(lane_max < INFINITY ? lane_max : INFINITY);
       const float window = row_max * to_z - 1.0f;
-      starts[r] = row_max < INFINITY && row_max > -INFINITY && (window > point[r] || saw_few[r]);
+      starts[r] = row_max < INFINITY && window > point[r];
       if (row_max == INFINITY) close(r);
       if (starts[r]) {
         move_certain(r, window);
@@ -315,63 +308,50 @@ struct RowBounds {
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const NormTail tail_before = tail(likely_before[r], num_tiles);
-      if (starts[r]) move_unproven(r, likely_before[r], tail_before, point_before[r]);
+      if (starts[r]) move_unproven(r, likely_before[r], point_before[r]);
     }
   }
 
   // Raises the thresholds by what the sums say; the points move to where tau should be once there are `growth` times as
   // many keys. The whole warp.
-  __device__ __forceinline__ void solve(int num_tiles, const float (&growth)[kRows]) {
+  __device__ __forceinline__ void solve(int num_tiles, float growth) {
+    const float target = 1.0f / entmax.norm(growth);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float target = 1.0f / entmax.norm(growth[r]);
       const NormLine line = row_line(sums[r], num_tiles);
-      const NormTail row_tail = tail(likely(r), num_tiles);
       if (!(line.height > 0.0f && line.slope > 0.0f)) continue;
       raise_threshold(r, point[r] + line.step_to(1.0f));
-      move(r, row_tail, fmaxf(point[r] + line.distance_to(target, row_tail), threshold[r] * to_z));
+      move(r, fmaxf(point[r] + line.distance_to(target), threshold[r] * to_z));
     }
   }
 
-  // Raises a threshold for the last time; returns where tau should be. The whole warp.
-  __device__ __forceinline__ TauEstimate finish(int r, int num_tiles) {
+  // Raises a threshold for the last time; returns how far above it tau should be. The whole warp.
+  __device__ __forceinline__ float finish(int r, int num_tiles) {
     const NormLine line = row_line(sums[r], num_tiles);
     if (line.height > 0.0f && line.slope > 0.0f) raise_threshold(r, point[r] + line.step_to(1.0f));
-    const float tau_lower = round_below(threshold[r] * to_z);
-    if constexpr (!kEstimates) return {tau_lower, 1.0f};
-    const TailSums total = of_row(likely(r));
-    const NormLine likely_line = norm_line(entmax, total);
-    const float distance = likely_line.distance_to(1.0f, tail(likely(r), num_tiles));
+    const float tau_lower = threshold[r] * to_z;
+    const TailSums lane_sums = likely(r);
+    const TailSums total{quad_sum(lane_sums.prob), quad_sum(lane_sums.weight)};
+    const float expected_tau = point[r] + norm_line(entmax, total).distance_to(1.0f);
     // The line's mean gap at tau_lower, less than the row's largest one there: a refinement must start where there are
     // keys. NaN where all sums were lost.
     constexpr float kLargestLoss = 0.3f;
     const float mean_gap = divide(line.height, line.slope) - (tau_lower - point[r]);
-    const float tau = fminf(point[r] + distance, tau_lower + fmaxf(kLargestLoss * mean_gap, 0.0f));
-    if (!wants_estimate) return {fmaxf(tau, tau_lower), 1.0f};
-    return {fmaxf(tau, tau_lower),
-            chance_to_miss(num_equal_keys(total), divide(distance * likely_line.slope, likely_line.height),
-                           kLargestShift<Element>)};
+    return fminf(expected_tau - tau_lower, fmaxf(kLargestLoss * mean_gap, 0.0f));
   }
 
-  // A threshold of the warp's rows as it was at a snapshot.
-  static __device__ __forceinline__ float& threshold_then(int index, int r) {
-    const int warp = warp_id() - kWarpgroupWarps, row = row_in_warp(lane_id(), r);
-    return reinterpret_cast<float*>(dynamic_smem() + Config::kSnapshotOffset)[  // [warps][kSnapshots][kRowsPerWarp]
-        (warp * Config::kSnapshots + index) * Config::kRowsPerWarp + row];
-  }
   // Remembers the thresholds. A quad's lanes hold the same ones; one of them writes. The whole warp.
   __device__ __forceinline__ void take_snapshot(int index) {
     const int lane = lane_id();
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (lane % 4 == 0) threshold_then(index, r) = threshold[r];
+      if (lane % 4 == 0) s_snapshots[index * Config::kRowsPerWarp + row_in_warp(lane, r)] = threshold[r];
     }
     __syncwarp();
   }
 
   __device__ __forceinline__ float above_snapshot(int index, int r, float score) const {
-    return (score - threshold_then(index, r)) * to_z;
+    return (score - s_snapshots[index * Config::kRowsPerWarp + row_in_warp(lane_id(), r)]) * to_z;
   }
   // The most by which a score of the warp's rows exceeds its snapshot, given the maxima of the lane's rows.
   __device__ __forceinline__ float excess(int index, const float (&maxima)[kRows]) const {
@@ -456,9 +436,11 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
   }
   smem.slot.release(item);
 
-  const float alpha = head_alpha<kKind>(problem, batch, head);
-  RowBounds<Element, kHeadDim, kKind> bounds;
-  bounds.init(score_to_z(problem, alpha), alpha, params.pass.estimates != nullptr);
+  const float alpha = head_alpha(problem, batch, head);
+  RowBounds<kHeadDim, kKind> bounds;
+  bounds.init(
+      reinterpret_cast<float*>(smem.bytes + Config::kSnapshotOffset) + warp * Config::kSnapshots * Config::kRowsPerWarp,
+      score_to_z(problem, alpha), alpha);
   int visible[Config::kRowsPerLane];  // keys that the row sees
 #pragma unroll
   for (int r = 0; r < Config::kRowsPerLane; ++r) {
@@ -591,15 +573,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
             has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
           }
         }
-        // A row's first tile may hold a few of its keys only. What these tell of tau is far off, and their sums and
-        // those of the next tile would have to be moved too far for the estimate.
-        constexpr int kFewKeys = 64;
-        bool saw_few[Config::kRowsPerLane], jumps = false;
-#pragma unroll
-        for (int r = 0; r < Config::kRowsPerLane; ++r) {
-          saw_few[r] = bounds.wants_estimate && step == 1 && visible[r] - (key_begin + Config::kBlockN) < kFewKeys;
-          jumps |= saw_few[r];
-        }
+        bool jumps = false;
 #pragma unroll
         for (int half = 0; half < Config::kMaskTiles; ++half) {
 #pragma unroll
@@ -608,7 +582,7 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
           }
         }
         if (__any_sync(kAllLanes, jumps)) {
-          bounds.settle(score, tile_max, saw_few, step + 1);
+          bounds.settle(score, tile_max, step + 1);
 #pragma unroll
           for (int half = 0; half < Config::kMaskTiles; ++half) {
             has_hit[half] = bounds.is_hit(0, tile_max[half][0]) || bounds.is_hit(1, tile_max[half][1]);
@@ -642,34 +616,27 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
 
     // Phase 7, after 1, 2, 4, 8, ... tiles: better bounds.
     if (((step + 1) & step) == 0 && tile > 0) {
-      float growth[Config::kRowsPerLane];
-#pragma unroll
-      for (int r = 0; r < Config::kRowsPerLane; ++r) {
-        const float num_keys = static_cast<float>(visible[r]), num_seen = static_cast<float>(visible[r] - key_begin);
-        growth[r] = num_seen > 0.0f ? fminf(divide(num_keys, num_seen), kLargestGrowth) : kLargestGrowth;
-      }
-      bounds.solve(step + 1, growth);
+      const float growth = static_cast<float>(group_tiles) / static_cast<float>(step + 1);
+      bounds.solve(step + 1, fminf(growth, kLargestGrowth));
       bounds.take_snapshot(snapshot_of(step + 1));
     }
   }
 
   // Phase 8: the result.
-  const TauEstimate estimates[] = {bounds.finish(0, group_tiles), bounds.finish(1, group_tiles)};
-  if (!is_mask_row_there) return;
-  const auto for_each_row = [&](const auto& body) {
+  const float start[] = {bounds.finish(0, group_tiles), bounds.finish(1, group_tiles)};
 #pragma unroll
-    for (int r = 0; r < Config::kRowsPerLane; ++r) {
-      const int row = warp_row + bounds.row_in_warp(lane, r);
-      const bool has_keys = visible[r] > 0 && bounds.threshold[r] != -INFINITY;
-      const bool has_tau = has_keys && bounds.threshold[r] < INFINITY;
-      if (lane % 4 == 0 && row < range.num_queries) body(r, row_index(problem, batch, head, row), has_keys, has_tau);
-    }
-  };
-  for_each_row([&](int r, int64_t index, bool has_keys, bool has_tau) {
-    const float no_tau = has_keys ? NAN : INFINITY;
-    params.pass.tau_lower[index] = has_tau ? round_below(bounds.threshold[r] * bounds.to_z) : no_tau;
-    params.pass.tau_start[index] = has_tau ? estimates[r].tau : no_tau;
-  });
+  for (int r = 0; r < Config::kRowsPerLane; ++r) {
+    const int row = warp_row + bounds.row_in_warp(lane, r);
+    if (lane % 4 != 0 || row >= range.num_queries) continue;
+    const int64_t index = row_index(problem, batch, head, row);
+    const float threshold = bounds.threshold[r];
+    const bool has_keys = visible[r] > 0 && threshold != -INFINITY;
+    params.pass.tau_lower[index] = !has_keys              ? INFINITY
+                                   : threshold < INFINITY ? round_below(threshold * bounds.to_z)
+                                                          : NAN;
+    params.pass.is_coarse[index] = has_keys && threshold < INFINITY ? encode_start(start[r]) : uint8_t(0);
+  }
+  if (!is_mask_row_there) return;
 
   // Phase 9: tiles whose scores have all fallen below the final thresholds leave the mask. Lane l keeps the rises since
   // snapshot l, then looks at tile l of each word.
@@ -680,7 +647,6 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
     if (lane == index) rise_since = rise;
   }
   __syncwarp();
-  int num_live = 0;
   constexpr int kBatch = 4;  // words in flight
   const int num_words = last_word + 1 < mask_shape.key_words() ? last_word + 1 : mask_shape.key_words();
   for (int first_word = 0; first_word < num_words; first_word += kBatch) {
@@ -700,19 +666,8 @@ __device__ __forceinline__ void scan_rows(const ScanWithMaps& params, const Scan
       const float rise = __shfl_sync(kAllLanes, rise_since, is_marked ? snapshot_of(steps_before) : 0);
       const uint32_t live = __ballot_sync(kAllLanes, is_marked && decode_excess(excess[i]) >= rise);
       if (lane == 0) g_mask[first_word + i] = live;
-      num_live += __popc(live);
     }
   }
-
-  // Phase 10: how far the estimates are to be trusted. Not at all where most tiles are dead: growth is counted in keys,
-  // as if those that matter came evenly, and a refinement costs little there.
-  constexpr float kMostlyLive = 0.7f;
-  const bool is_trusted = bounds.wants_estimate && num_live >= kMostlyLive * (group_tiles * Config::kMaskTiles);
-  for_each_row([&](int r, int64_t index, bool, bool has_tau) {
-    const uint8_t code = encode_doubt(is_trusted ? estimates[r].chance_to_miss : 1.0f);
-    params.pass.is_coarse[index] = has_tau ? code : uint8_t(0);
-  });
-  if (is_trusted && lane == 0) params.pass.estimates->are_trusted = 1;
 }
 
 template <typename Element, int kHeadDim, AlphaKind kKind>

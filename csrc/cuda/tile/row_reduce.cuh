@@ -17,12 +17,6 @@ __device__ __forceinline__ float quad_sum(float value) {
   return value + __shfl_xor_sync(kAllLanes, value, 2);
 }
 
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
-  return value;
-}
-
 // Over the warp, for values that are not negative: their bits order like integers, and integers have one instruction.
 __device__ __forceinline__ float warp_max_of_positive(float value) {
   return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(value)));
