@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from adasplash2 import reference
-from bench import attention, timing
+from bench import attention, passes, timing
 from bench.cases import DENSE, Data, Shape, make_inputs
 from bench.peers import OURS, Peer, peers, why_not
 
@@ -197,6 +197,20 @@ def test_commit_without_a_history(monkeypatch, tmp_path):
     assert timing.commit() == "0123456789ab"
     monkeypatch.delenv("BENCH_COMMIT")
     assert timing.commit() == "unknown"
+
+
+def test_kernels_are_named_by_pass():
+    scan = "void adasplash2::cuda::sm90::scan_kernel<__nv_bfloat16, 64, (adasplash2::AlphaKind)0>(...)"
+    delta = "adasplash2::cuda::delta_kernel<__half>(adasplash2::cuda::DeltaParams)"
+    assert [passes.kernel_name(name) for name in (scan, delta, "void at::native::fill_kernel<int>(int)")] == [
+        "scan", "delta", None,
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_passes_need_a_gpu():
+    with pytest.raises(SystemExit, match="there is no GPU here"):
+        passes.main([])
 
 
 def test_gpu_check_stops_at_what_is_missing(tmp_path):
