@@ -50,6 +50,12 @@ def blocks(mask: Tensor, groups: int) -> Tensor:
     return padded.unflatten(-2, (-1, groups)).any(-2)
 
 
+def visible_pairs(shape: Shape, is_causal: bool) -> Tensor:
+    """(B, H, Nq, Nk) bool."""
+    pairs = torch.ones(shape.batch, shape.heads, shape.num_queries, shape.num_keys, dtype=torch.bool)
+    return pairs.tril(shape.num_keys - shape.num_queries) if is_causal else pairs
+
+
 def run_case(name: str, shape: Shape, seed: int = 0, **options: object) -> tuple[library.Run, tuple[Tensor, ...]]:
     tensors = cases.inputs(name, shape, BF16, seed)
     on_device = [t.to(library.device()) for t in tensors[:3]]
@@ -152,9 +158,7 @@ def test_work_of_the_forward_pass(name, is_causal, head_dim):
     shape = Shape(1, 2, 200, 400, head_dim)
     run, _ = run_case(name, shape, is_causal=is_causal)
     assert not run.is_coarse.any()
-    visible = torch.ones(1, 2, 200, 400, dtype=torch.bool)
-    if is_causal:
-        visible = visible.tril(200)
+    visible = visible_pairs(shape, is_causal)
     scanned = blocks(tiles_with(visible), 8).sum().item()  # 128 rows x 64 keys
     # The output pass takes the scores in steps of 64 keys, or of 16 where registers are scarce; values only for steps
     # in which a warp's 16 rows have a gap.
@@ -178,9 +182,7 @@ def test_work_of_hoppers_forward_pass(name, is_causal, head_dim):
     shape = Shape(1, 2, 200, 400, head_dim)
     run, tensors = run_case(name, shape, is_causal=is_causal)
     alone = library.forward(library.build(), *tensors[:3], is_causal=is_causal, out_alone=True)
-    visible = torch.ones(1, 2, 200, 400, dtype=torch.bool)
-    if is_causal:
-        visible = visible.tril(200)
+    visible = visible_pairs(shape, is_causal)
     scanned = torch.nn.functional.pad(tiles_with(visible, 64), (0, 1)).unflatten(-1, (-1, 2)).any(-1).sum().item()
     product = blocks(run.scan_mask, 4).sum().item() * 64 * 64 * head_dim  # of the live tiles
     refined = run.counters["wgmma_macs"] - scanned * 64 * 128 * head_dim - 3 * product

@@ -36,6 +36,7 @@ class HalfSums {
     memcpy(&bits, &weight_, sizeof bits);
     return bits != 0;
   }
+
   __device__ __forceinline__ float prob() const { return sum(prob_); }
   __device__ __forceinline__ float weight() const { return sum(weight_); }
 
