@@ -272,30 +272,44 @@ def test_dense_prefix_of_a_sparse_row():
     assert (run.support_size == 1).all() and ((run.tau.cpu() - tau).abs() <= 1e-5).all()
 
 
-@only_sm80
-@pytest.mark.usefixtures("cuda_path")
-def test_blocks_with_most_work_run_first():
+@on_both_paths
+def test_blocks_with_most_work_run_first(cuda_path):
     """Rows that see few keys and keys that few rows see, in GQA groups, in sequences of one length and of two."""
-    shape = Shape(2, 4, 700, 500, kv_heads=2)
+    shape, block_size = Shape(2, 4, 700, 500, kv_heads=2), {"sm80": 64, "sm90": 128}[cuda_path]
     query, key, value, grad_out = (t.to(library.device()) for t in cases.inputs("gaussian", shape, BF16))
     for lengths in (None, torch.tensor([500, 130], device=library.device())):
         run = library.forward(library.build(), query, key, value, is_causal=True, key_lengths=lengths)
         grads = library.backward(library.build(), run, grad_out)
-        rows = blocks_work(run.scan_mask, 4)
-        heads_of_group = run.block_mask.unflatten(1, (2, 2))
-        assert_most_work_first(run.work_order, rows.flatten())
-        assert_most_work_first(grads.work_order(run), heads_of_group.sum((2, 3)).flatten())
+        rows = blocks_work(run.scan_mask, block_size // 16)
+        keys = blocks_work(run.block_mask.mT, block_size // 64).unflatten(1, (2, 2)).sum(2)
+        assert_most_work_first(run.work_order(block_size), rows)
+        assert_most_work_first(grads.work_order(run, block_size), keys)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 300, 70), (3, 8, 2100, 3), (2, 4, 5, 900)])
+def test_orders_of_many_blocks(shape):
+    """More than a thread counts at once, blocks at the mask's edge, GQA, blocks of less than a tile and of two."""
+    density = torch.rand(*shape[:2], shape[2], 1) ** 4
+    mask = torch.rand(shape) < density
+    for block_rows in (16, 64, 128):
+        work = blocks_work(mask, block_rows // 16)
+        assert_most_work_first(library.block_order(mask, block_rows), work)
+    for block_keys in (32, 64, 128):
+        group_size = 2 if shape[1] > 1 else 1
+        work = blocks_work(mask, max(1, block_keys // 64)).unflatten(1, (-1, group_size)).sum(2)
+        work = work.repeat_interleave(max(1, 64 // block_keys), -1)
+        assert_most_work_first(library.block_order(mask, block_keys, group_size), work)
 
 
 def blocks_work(mask: Tensor, groups: int) -> Tensor:
-    """Live tiles of each block of so many row groups."""
+    """Live tiles of each block of so many row groups (key tiles, of a mask by columns)."""
     padded = torch.nn.functional.pad(mask, (0, 0, 0, -mask.shape[-2] % groups))
     return padded.unflatten(-2, (-1, groups)).sum((-2, -1))
 
 
 def assert_most_work_first(order: Tensor, work: Tensor) -> None:
     """A permutation; in steps of half an octave, as the kernel's float has it; stable."""
-    mantissa, exponent = torch.frexp((work.cpu() + 1).double())
+    mantissa, exponent = torch.frexp((work.cpu().flatten() + 1).double())
     level = 2 * (exponent - 1) + (mantissa >= 0.75)
     assert level.unique().numel() > 3, "the blocks do not differ"
     assert torch.equal(order, torch.sort(level, descending=True, stable=True).indices)

@@ -10,7 +10,6 @@
 #include "cuda/pass_params.h"
 #include "cuda/passes.h"
 #include "error.h"
-#include "math/block_mask.h"
 #include "math/histogram.h"
 
 namespace adasplash2::cuda {
@@ -23,10 +22,6 @@ int64_t align_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment *
 
 int64_t num_heads_in_all(const AttentionProblem& problem) { return problem.batch * problem.num_heads; }
 int64_t num_rows_in_all(const AttentionProblem& problem) { return num_heads_in_all(problem) * problem.num_queries; }
-
-BlockMaskShape mask_shape(const AttentionProblem& problem) {
-  return {static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys)};
-}
 
 int64_t tile_excess_bytes(const AttentionProblem& problem) {
   const BlockMaskShape shape = mask_shape(problem);

@@ -4,10 +4,15 @@
 #include <cstdint>
 
 #include "cuda/config.h"
+#include "math/block_mask.h"
 #include "math/work_range.h"
 #include "params.h"
 
 namespace adasplash2::cuda {
+
+inline BlockMaskShape mask_shape(const AttentionProblem& problem) {
+  return {static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys)};
+}
 
 // Which block of its grid runs at a place of the order (any_arch/work_order.cuh).
 struct BlockAt {
@@ -27,7 +32,7 @@ struct OutputParams {
   const float* tau_lower;
   const uint8_t* is_coarse;
   const uint32_t* scan_mask;
-  const BlockAt* order;  // sm80's
+  const BlockAt* order;  // sm90's work_queue.cuh has its own
   Rows out;
   Rows gap_mean_v;        // data nullable: not wanted
   float* tau;             // (B, H, Nq) contiguous
@@ -40,7 +45,7 @@ struct GradParams {
   const float* tau;            // (B, H, Nq) contiguous
   const float* delta;          // (B, H, Nq) contiguous
   const uint32_t* block_mask;  // by rows for dq, by columns for dk and dv
-  const BlockAt* order;        // sm80's
+  const BlockAt* order;        // sm90's work_queue.cuh has its own
   Rows grad_out;
   Rows grad_query;
   Rows grad_key;

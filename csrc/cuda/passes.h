@@ -10,8 +10,8 @@ namespace adasplash2::cuda {
 
 // The order in which the blocks of a pass run, of the pass that is about to.
 struct WorkOrder {
-  BlockAt* blocks;      // (most blocks of a pass,), sm80's (any_arch/work_order.cuh)
-  uint8_t* levels;      // (most blocks of a pass,), sm80's
+  BlockAt* blocks;      // (most blocks of a pass,) (any_arch/work_order.cuh)
+  uint8_t* levels;      // (most blocks of a pass,)
   uint32_t* num_taken;  // sm90's (sm90/work_queue.cuh)
 };
 

@@ -31,9 +31,11 @@ PORTABLE = (
 )  # fmt: skip
 SM90 = tuple(sorted((CUDA / "sm90" / "instances").glob("*.cu")))
 WITH_SM90 = "ADASPLASH2_CUDA_SM90"  # defined where the library has both
+ALWAYS_ORDERED = "ADASPLASH2_ORDERED_LENGTH=1"  # sm90 orders blocks where rows are long: here everywhere
 ALL = (*PORTABLE, *SM90)
 ONE_INSTANCE = {name: (HERE / f"one_instance_{name}.cu",) for name in ("sm80", "sm90", "sm90_128")}
 ENTMAX = (HERE / "entmax.cu",)
+WORK_ORDER = (HERE / "work_order.cu",)
 
 PATHS = ("auto", "sm80", "sm90")  # cuda::Path
 path = "auto"  # that every call asks for: see the fixture cuda_path
@@ -132,7 +134,7 @@ def build_for_gpu(arch: str) -> Path:
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda/device'}"]
     units = ALL if arch == "90" else PORTABLE
     if arch == "90":
-        flags.append(f"-D{WITH_SM90}")
+        flags += [f"-D{WITH_SM90}", f"-D{ALWAYS_ORDERED}"]
 
     def compile_unit(unit: Path) -> str:
         folder = unit.parents[1].name  # the instances of both paths have the same names
@@ -172,7 +174,7 @@ def build(
         major, minor = torch.cuda.get_device_capability()
         library: emulator.Library | GpuLibrary = GpuLibrary(build_for_gpu(f"{major}{minor}"))
     else:
-        defines = [WITH_SM90] if units is ALL else []
+        defines = [WITH_SM90, ALWAYS_ORDERED] if units is ALL else []
         library = emulator.build(*units, instrumented=instrumented, patches=patches, defines=defines)
     _check_mirrors(_functions(library))
     return library
@@ -227,13 +229,12 @@ class Run:
         words = self.workspace[offset : offset + self.block_mask_words.numel() * 4].view(torch.int32)
         return _unpack(words.view(self.block_mask_words.shape), self.block_mask.shape[-1])
 
-    @property
-    def work_order(self) -> Tensor:
-        """Of the output pass's blocks of 64 rows; sm80's, head dim 64."""
-        batch, heads, groups, _ = self.block_mask.shape
+    def work_order(self, block_rows: int) -> Tensor:
+        """Of the output pass's blocks of so many rows; head dim 64."""
+        batch, heads, num_queries = self.tau.shape
         num_rows, mask_bytes = self.tau.numel(), self.block_mask_words.numel() * 4
         offset = _align(num_rows * 4) + _align(mask_bytes) + _align(num_rows) + _align(self.block_mask.numel() * 2)
-        return _work_order(self.workspace, offset, batch, heads, -(-groups // 4))
+        return block_indices(self.workspace[offset:], batch, heads, -(-num_queries // block_rows))
 
     @property
     def is_coarse(self) -> Tensor:
@@ -249,9 +250,9 @@ class Run:
         return self._rows_of(_align(self.tau.numel() * 4) + _align(self.block_mask_words.numel() * 4), torch.uint8)
 
 
-def _work_order(workspace: Tensor, offset: int, batch: int, heads: int, num_blocks: int) -> Tensor:
-    """Indices of (batch, head, block), block fastest."""
-    places = workspace[offset : offset + batch * heads * num_blocks * 8].view(torch.int32).view(-1, 2).cpu().long()
+def block_indices(order: Tensor, batch: int, heads: int, num_blocks: int) -> Tensor:
+    """Indices of (batch, head, block), block fastest, for bytes that begin with an order of blocks."""
+    places = order[: batch * heads * num_blocks * 8].view(torch.int32).view(-1, 2).cpu().long()
     return places[:, 0] + num_blocks * ((places[:, 1] & 0xFFFF) + heads * (places[:, 1] >> 16))
 
 
@@ -262,6 +263,28 @@ def _align(num_bytes: int) -> int:
 def _unpack(words: Tensor, num_tiles: int) -> Tensor:
     bits = words.unsqueeze(-1) >> torch.arange(32, device=words.device, dtype=torch.int32) & 1
     return bits.flatten(-2)[..., :num_tiles].bool()
+
+
+def block_order(mask: Tensor, block_size: int, group_size: int | None = None) -> Tensor:
+    """The order of blocks of so many rows of a mask (B, H, row groups, key tiles) by rows, or, where the size of a
+    group of heads is given, of so many keys of one by columns (B, H, key tiles, row groups)."""
+    batch, heads, *tiles = mask.shape
+    by_columns = group_size is not None
+    groups, key_tiles = reversed(tiles) if by_columns else tiles
+    kv_heads = heads // group_size if by_columns else heads
+    problem = Problem(0, batch, heads, kv_heads, 16 * groups, 64 * key_tiles)
+    padded = torch.nn.functional.pad(mask.int(), (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    words = (padded << torch.arange(32)).sum(-1).to(torch.int32).to(device())
+    num_blocks = -(-(64 * key_tiles if by_columns else 16 * groups) // block_size)
+    num_all = batch * kv_heads * num_blocks
+    order, levels = (_empty_like_poison((num_all * size,), torch.uint8) for size in (8, 1))
+    addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, levels, order))
+    mask_address, *outputs = addresses
+    build(WORK_ORDER).call(
+        "order_columns" if by_columns else "order_rows", ctypes.byref(problem), mask_address, block_size, *outputs,
+        tensors={"mask": words, "levels": levels, "order": order},
+    )  # fmt: skip
+    return block_indices(order, batch, kv_heads, num_blocks)
 
 
 def _empty_like_poison(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -349,11 +372,12 @@ class Gradients:
     counters: dict[str, int]
     workspace: Tensor
 
-    def work_order(self, run: Run) -> Tensor:
-        """Of the key blocks of the last pass; sm80's, head dim 64, a number for alpha, no mask."""
+    def work_order(self, run: Run, block_keys: int) -> Tensor:
+        """Of the last pass's blocks of so many keys; head dim 64, a number for alpha, no mask."""
         batch, heads, groups, tiles = run.block_mask.shape
         offset = _align(run.tau.numel() * 4) + _align(batch * heads * tiles * -(-groups // 32) * 4)
-        return _work_order(self.workspace, offset, batch, int(run.problem.num_kv_heads), tiles)
+        num_blocks = -(-int(run.problem.num_keys) // block_keys)
+        return block_indices(self.workspace[offset:], batch, int(run.problem.num_kv_heads), num_blocks)
 
 
 def backward(

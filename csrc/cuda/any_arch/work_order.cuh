@@ -60,51 +60,71 @@ struct WorkOrderParams {
   BlockAt* order;
 };
 
-constexpr int kWorkOrderThreads = 256;
-constexpr int kWorkOrderBytes = kWorkLevels * (kWorkOrderThreads + 1) * 4;
+constexpr int kWorkOrderThreads = 512;
+constexpr int kThreadsALane = kWorkOrderThreads / kWarpSize;  // whose counts it adds up
+constexpr int kLevelWords = kWorkOrderThreads + kWarpSize;    // one unused after each kThreadsALane: other banks
+constexpr int kWorkOrderBytes = kWorkLevels * (kLevelWords + 1) * 4;
 
 // Sorts by counting, stable: each thread counts and places a range of the blocks.
 static __global__ void __launch_bounds__(kWorkOrderThreads) work_order_kernel(const WorkOrderParams params) {
-  uint32_t* s_place = reinterpret_cast<uint32_t*>(dynamic_smem());      // [kWorkLevels][kWorkOrderThreads]
-  uint32_t* s_level_place = s_place + kWorkLevels * kWorkOrderThreads;  // [kWorkLevels]
+  uint32_t* s_place = reinterpret_cast<uint32_t*>(dynamic_smem());  // [kWorkLevels][kLevelWords]
+  uint32_t* s_level_place = s_place + kWorkLevels * kLevelWords;    // [kWorkLevels], the last level first
   const int thread = threadIdx.x, lane = thread % kWarpSize;
   const int num_blocks = static_cast<int>(params.grid.x * params.grid.y * params.grid.z);
   const int range = ceil_div(num_blocks, kWorkOrderThreads);
   const int begin = min(thread * range, num_blocks), end = min(begin + range, num_blocks);
-  const auto place_of = [&](int block) -> uint32_t& {
-    return s_place[params.levels[block] * kWorkOrderThreads + thread];
+  const auto place = [&](int level, int of_thread) -> uint32_t& {
+    return s_place[level * kLevelWords + of_thread + of_thread / kThreadsALane];
   };
-  for (int level = 0; level < kWorkLevels; ++level) s_place[level * kWorkOrderThreads + thread] = 0;
-  for (int block = begin; block < end; ++block) ++place_of(block);
+  // body(block, its level) for this thread's range.
+  const auto for_each_block = [&](const auto& body) {
+    constexpr int kBatch = 16;  // levels in flight
+    for (int first = begin; first < end; first += kBatch) {
+      uint8_t level[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) level[i] = first + i < end ? params.levels[first + i] : 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i < end) body(first + i, level[i]);
+      }
+    }
+  };
+  for (int level = 0; level < kWorkLevels; ++level) place(level, thread) = 0;
+  for_each_block([&](int, int level) { ++place(level, thread); });
   __syncthreads();
 
   // Counts become places: within a level, a warp a level, and then from the last level down.
-  const auto count_before = [&](uint32_t count) {
-    uint32_t sum = count;
+  const auto sum_to = [&](uint32_t sum) {  // over the lanes up to this one
     for (int distance = 1; distance < kWarpSize; distance *= 2) {
       const uint32_t below = __shfl_up_sync(kAllLanes, sum, distance);
       if (lane >= distance) sum += below;
     }
-    return sum - count;
+    return sum;
   };
   for (int level = thread / kWarpSize; level < kWorkLevels; level += kWorkOrderThreads / kWarpSize) {
-    uint32_t total = 0;
-    for (int other = lane; other < kWorkOrderThreads; other += kWarpSize) {
-      uint32_t& count = s_place[level * kWorkOrderThreads + other];
-      const uint32_t before = total + count_before(count);
-      total = __shfl_sync(kAllLanes, before + count, kWarpSize - 1);
-      count = before;
+    uint32_t count[kThreadsALane], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kThreadsALane; ++i) sum += count[i] = place(level, lane * kThreadsALane + i);
+    const uint32_t all = sum_to(sum);
+    uint32_t before = all - sum;
+#pragma unroll
+    for (int i = 0; i < kThreadsALane; ++i) {
+      place(level, lane * kThreadsALane + i) = before;
+      before += count[i];
     }
-    if (lane == 0) s_level_place[kWorkLevels - 1 - level] = total;
+    if (lane == kWarpSize - 1) s_level_place[kWorkLevels - 1 - level] = all;
   }
   __syncthreads();
-  if (thread < kWarpSize) s_level_place[thread] = count_before(s_level_place[thread]);
+  if (thread < kWarpSize) {
+    const uint32_t count = s_level_place[thread];
+    s_level_place[thread] = sum_to(count) - count;
+  }
   __syncthreads();
-  for (int block = begin; block < end; ++block) {
-    const uint32_t place = s_level_place[kWorkLevels - 1 - params.levels[block]] + place_of(block)++;
+  for_each_block([&](int block, int level) {
+    const uint32_t at = s_level_place[kWorkLevels - 1 - level] + place(level, thread)++;
     const uint32_t x = block % params.grid.x, y_z = block / params.grid.x;
-    params.order[place] = {x, y_z % params.grid.y | y_z / params.grid.y << 16};
-  }
+    params.order[at] = {x, y_z % params.grid.y | y_z / params.grid.y << 16};
+  });
 }
 
 }  // namespace adasplash2::cuda

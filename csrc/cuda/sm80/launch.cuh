@@ -10,7 +10,6 @@
 #include "cuda/any_arch/row_sum.cuh"
 #include "cuda/any_arch/slab_sum.cuh"
 #include "cuda/any_arch/split_floats.cuh"
-#include "cuda/any_arch/work_order.cuh"
 #include "cuda/config.h"
 #include "cuda/launch_pass.cuh"
 #include "cuda/passes.h"
@@ -42,33 +41,6 @@ struct Instance {
     } else {
       f(std::true_type());
     }
-  }
-
-  // Puts blocks of rows, or of keys in all heads of a group, in order of their live tiles.
-  static void order_blocks(WorkLevelsParams work, const WorkOrder& order, cudaStream_t stream) {
-    work.levels = order.levels;
-    const int64_t num_blocks = int64_t(work.grid.x) * work.grid.y * work.grid.z;
-    launch_kernel(work_levels_kernel, dim3(static_cast<unsigned>(ceil_div<int64_t>(num_blocks, kWorkLevelWarps))),
-                  dim3(kWorkLevelWarps * kWarpSize), 0, stream, work);
-    launch_kernel(work_order_kernel, dim3(1), dim3(kWorkOrderThreads), kWorkOrderBytes, stream,
-                  WorkOrderParams{work.grid, order.levels, order.blocks});
-  }
-  static void order_rows(const AttentionProblem& problem, const uint32_t* mask, dim3 grid, int block_rows,
-                         const WorkOrder& order, cudaStream_t stream) {
-    const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
-    const int block_words = block_rows / kMaskRows * shape.key_words();
-    order_blocks({mask, grid, static_cast<int>(problem.num_heads), 1, 1, block_words, block_words, shape.row_words(), 0,
-                  shape.row_words()},
-                 order, stream);
-  }
-  static void order_columns(const AttentionProblem& problem, const uint32_t* mask, dim3 grid, int block_keys,
-                            const WorkOrder& order, cudaStream_t stream) {
-    const BlockMaskShape shape(static_cast<int>(problem.num_queries), static_cast<int>(problem.num_keys));
-    const int group_size = static_cast<int>(problem.num_heads / problem.num_kv_heads);
-    order_blocks(
-        {mask, grid, static_cast<int>(problem.num_kv_heads), kMaskKeys / block_keys, group_size, shape.group_words(),
-         shape.group_words(), group_size * shape.column_words(), shape.column_words(), shape.column_words()},
-        order, stream);
   }
 
   static void scan(const Forward& call, const ForwardWorkspace& workspace) {

@@ -9,6 +9,13 @@ constexpr int kWarpgroupThreads = 128;
 constexpr int kWarpgroupWarps = 4;
 constexpr int kRowsPerConsumer = 64;  // the M of wgmma
 
+// Blocks are put in order of their live tiles where one may have so many tiles that it takes several times the 10 us of
+// that.
+#ifndef ADASPLASH2_ORDERED_LENGTH
+#define ADASPLASH2_ORDERED_LENGTH 16384
+#endif
+constexpr int64_t kOrderedLength = ADASPLASH2_ORDERED_LENGTH;
+
 constexpr int kSmemPerBlock = 232448;  // 227 KB, the most that a block of an H100 can have
 constexpr int kSmemPerSm = 233472;     // 1 KB of it goes with each block
 

@@ -35,6 +35,7 @@ struct RefineParams {
   const float* tau_lower;
   const uint8_t* is_coarse;
   const uint32_t* scan_mask;
+  const BlockAt* order;  // nullable: as the blocks of the grid
   float* tau;
   TensorMap query;  // boxes of kRowsPerConsumer rows
   TensorMap key;    // boxes of kBlockN rows
@@ -73,9 +74,18 @@ struct RefineBlock : QueryBlock<RefineConfig<kHeadDim>::kBlockM> {
   uint32_t s_smem;
   Tiles tiles;
 
+  static __device__ __forceinline__ BlockAt block_here(const RefineParams& params) {
+    if (params.order != nullptr) {
+      const uint3 block = block_at(params.order);
+      return {block.x, block.y | block.z << 16};
+    }
+    // Under is_causal the last blocks are the longest.
+    const uint32_t x = params.problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    return {x, blockIdx.y | blockIdx.z << 16};
+  }
+
   __device__ __forceinline__ explicit RefineBlock(const RefineParams& params_)
-      : Rows(params_.problem,
-             {params_.problem.is_causal ? gridDim.x - 1 - blockIdx.x : blockIdx.x, blockIdx.y | blockIdx.z << 16}),
+      : Rows(params_.problem, block_here(params_)),
         params(params_),
         problem(params_.problem),
         smem(dynamic_smem()),

@@ -15,15 +15,17 @@
 
 namespace adasplash2::cuda::sm90 {
 
-// The blocks of all heads, in the order in which they are taken: a group of heads after the other, in a group the first
-// block of every head, then the second.
+// The blocks of all heads, in the order in which they are taken: that of their live tiles, where it is there, or else a
+// group of heads after the other, in a group the first block of every head, then the second.
 struct WorkQueue {
   uint32_t num_blocks, num_heads, num_items;  // blocks of a head, heads of a sequence
   uint32_t group_size;                        // of heads
   bool is_last_first;                         // blocks of a head are taken from the last one on
+  const BlockAt* order;                       // (num_items,), nullable (any_arch/work_order.cuh)
   uint32_t* num_taken;                        // beyond the first item of each block; 0 at a launch of fewer blocks
 
   __device__ __forceinline__ BlockAt block_of(uint32_t item) const {
+    if (order != nullptr) return order[item];
     const uint32_t group = item / (group_size * num_blocks), first_head = group * group_size;
     const uint32_t place = item - first_head * num_blocks, size = min(group_size, num_items / num_blocks - first_head);
     const uint32_t x = place / size, head = first_head + place % size;
