@@ -217,7 +217,7 @@ BUGS = {
         SM90_REFINE, "row < range.num_queries) params.tau", "row < range.num_queries + 64) params.tau"
     ),
     "sm90: one half of a tile is added up for the other": Patch(
-        SM90_SCAN, "bounds.template add<kMaskKeys, Config::kBlockN>(", "bounds.template add<0, kMaskKeys>("
+        SM90_SCAN, "add<kMaskKeys, Config::kBlockN>(sums", "add<0, kMaskKeys>(sums"
     ),
     "sm90: the scan does not wait for its tile": Patch(SM90_SCAN, "smem.ring.wait(at.stage, at.parity);", ""),
     "sm90: the refinement does not wait for its queries": Patch(

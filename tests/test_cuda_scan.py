@@ -101,7 +101,12 @@ def test_error_of_the_scan_by_support(num_keys, factor, largest_error):
 @on_both_paths
 @pytest.mark.parametrize("num_keys, factor", [(1000, 10.0), (2000, 3.0), (3000, 1.0), (3000, 0.3), (3000, 0.05)])
 def test_error_of_the_tangents(num_keys, factor):
-    """By support, from a few keys to nearly all, in units of the mean gap: what one refinement squares away."""
+    """By support, from a few keys to nearly all, in units of the mean gap: what one refinement squares away.
+
+    The bound itself only decides which tiles are refined: it is as far off as a walk with one step of Newton's method a
+    row leaves it (0.245 at the most here; three steps left 0.22 and took longer than they saved). Refinement starts at
+    the expected tau.
+    """
     query, key, value, _ = cases.inputs("gaussian", Shape(1, 1, 96, num_keys), BF16)
     query = query * factor
     run = library.forward(library.build(), *(t.to(library.device()) for t in (query, key, value)))
@@ -109,7 +114,7 @@ def test_error_of_the_tangents(num_keys, factor):
     gap = (exact_z(query, key, 1.5) - tau_lower.unsqueeze(-1)).clamp(min=0)
     mean_gap = gap.sum(-1) / (gap > 0).sum(-1)
     shift = (tau - tau_lower) / mean_gap
-    assert shift.mean() <= 0.22 and shift.max() <= 0.8
+    assert shift.mean() <= 0.25 and shift.max() <= 0.8
     start_error = ((run.expected_tau.cpu() - tau) / mean_gap).abs()
     assert start_error.mean() <= 0.06 and start_error.max() <= 0.8
     assert (run.expected_tau.cpu() < tau_lower + 0.4 * (exact_z(query, key, 1.5).amax(-1) - tau_lower)).all()

@@ -12,7 +12,7 @@ constexpr int kRowsPerConsumer = 64;  // the M of wgmma
 // Blocks are put in order of their live tiles where one may have so many tiles that it takes several times the 10 us of
 // that.
 #ifndef ADASPLASH2_ORDERED_LENGTH
-#define ADASPLASH2_ORDERED_LENGTH 16384
+#define ADASPLASH2_ORDERED_LENGTH 8192
 #endif
 constexpr int64_t kOrderedLength = ADASPLASH2_ORDERED_LENGTH;
 

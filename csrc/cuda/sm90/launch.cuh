@@ -132,9 +132,8 @@ struct Instance {
     const BlockAt* const blocks =
         ordered_query_blocks(problem, workspace.scan_mask, Config::kBlockM, workspace.order, stream);
     refine(call, workspace, blocks);
-    const OutputParams params =
-        with_tensor_maps<kHeadDim>(output_params(call, workspace),
-                                   query_blocks(problem, Config::kBlockM, blocks, workspace.order.num_taken));
+    const OutputParams params = with_tensor_maps<kHeadDim>(
+        output_params(call, workspace), query_blocks(problem, Config::kBlockM, blocks, workspace.order.num_taken));
     const auto launch = [&](auto kernel) {
       launch_kernel(kernel, dim3(prepare_staying(params.queue, stream)), dim3(Config::kThreads),
                     OutputSmem<kHeadDim>::kBytes, stream, params);
