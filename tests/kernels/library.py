@@ -127,14 +127,15 @@ def build_for_gpu(arch: str) -> Path:
     """The shared library for one architecture ("90"), by nvcc; needs no GPU."""
     sources = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.suffix in (".h", ".cuh", ".cu", ".cpp")]
     sources += sorted(HERE.glob("*.[ch]*"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    build = ROOT / "build" / "gpu" / f"{digest}-{arch}"
-    target = build / "kernels.so"
     flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-Xptxas", "-warn-spills"]
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda/device'}"]
     units = ALL if arch == "90" else PORTABLE
     if arch == "90":
         flags += [f"-D{WITH_SM90}", f"-D{ALWAYS_ORDERED}"]
+    contents = [path.read_bytes() for path in sources] + [str(part).encode() for part in (*units, *flags)]
+    digest = hashlib.sha256(b"".join(contents)).hexdigest()[:16]
+    build = ROOT / "build" / "gpu" / f"{digest}-{arch}"
+    target = build / "kernels.so"
 
     def compile_unit(unit: Path) -> str:
         folder = unit.parents[1].name  # the instances of both paths have the same names
