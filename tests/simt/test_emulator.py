@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,12 @@ def test_a_call_goes_on_after_a_report() -> None:
             library.call(f"run_{kernel}", out, tensors={"out": out})
         for legal in ("arrive_and_sync", "wgmma_with_fence", "arrive_releases", "copy_of_nothing"):
             library.call(f"run_{legal}", out, tensors={"out": out})
+
+
+def test_libraries_share_no_symbol() -> None:
+    """The loader would take one that is unique from whichever library came first; its address is then out of bounds."""
+    symbols = subprocess.run(["nm", str(emulator.build(RULES).path)], capture_output=True, text=True, check=True).stdout
+    assert " T run_syncwarp_orders" in symbols and " u " not in symbols
 
 
 def test_bounds_are_those_of_the_registered_tensors() -> None:
