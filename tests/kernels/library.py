@@ -24,16 +24,20 @@ from adasplash2.reference import AttentionAux
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE, CUDA = ROOT / "tests" / "kernels", ROOT / "csrc" / "cuda"
+ONE = HERE / "one_instance"
 # Translation units of libraries: everything but what is Hopper's own, and that.
 PORTABLE = (
     HERE / "entry_points.cu", CUDA / "launch.cpp", CUDA / "any_arch" / "entmax.cu",
     *sorted((CUDA / "sm80" / "instances").glob("*.cu")),
 )  # fmt: skip
 SM90 = tuple(sorted((CUDA / "sm90" / "instances").glob("*.cu")))
-WITH_SM90 = "ADASPLASH2_CUDA_SM90"  # defined where the library has both
-ALWAYS_ORDERED = "ADASPLASH2_ORDERED_LENGTH=1"  # sm90 orders blocks where rows are long: here everywhere
+WITH_SM90 = "-DADASPLASH2_CUDA_SM90"  # defined where the library has both
+ALWAYS_ORDERED = "-DADASPLASH2_ORDERED_LENGTH=1"  # sm90 orders blocks where rows are long: here everywhere
 ALL = (*PORTABLE, *SM90)
-ONE_INSTANCE = {name: (HERE / f"one_instance_{name}.cu",) for name in ("sm80", "sm90", "sm90_128")}
+ONE_INSTANCE = {  # of a path: what launches it, and a unit for each of its passes
+    "sm80": (ONE / "sm80.cu", *sorted((ONE / "sm80").glob("*.cu"))),
+    "sm90": (ONE / "sm90.cu", ONE / "sm80" / "delta.cu", *sorted((ONE / "sm90").glob("*.cu"))),
+}
 ENTMAX = (HERE / "entmax.cu",)
 WORK_ORDER = (HERE / "work_order.cu",)
 
@@ -131,7 +135,7 @@ def build_for_gpu(arch: str) -> Path:
     flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda/device'}"]
     units = ALL if arch == "90" else PORTABLE
     if arch == "90":
-        flags += [f"-D{WITH_SM90}", f"-D{ALWAYS_ORDERED}"]
+        flags += [WITH_SM90, ALWAYS_ORDERED]
     contents = [path.read_bytes() for path in sources] + [str(part).encode() for part in (*units, *flags)]
     digest = hashlib.sha256(b"".join(contents)).hexdigest()[:16]
     build = ROOT / "build" / "gpu" / f"{digest}-{arch}"
@@ -168,15 +172,19 @@ def covered_paths() -> tuple[str, ...]:
 
 @functools.cache
 def build(
-    units: tuple[Path, ...] = ALL, instrumented: bool = True, patches: tuple[emulator.Patch, ...] = ()
+    units: tuple[Path, ...] = ALL,
+    instrumented: bool = True,
+    patches: tuple[emulator.Patch, ...] = (),
+    flags: tuple[str, ...] = (),
 ) -> emulator.Library | GpuLibrary:
     if has_gpu():
         assert not patches, "seeded bugs are for the emulator"
         major, minor = torch.cuda.get_device_capability()
         library: emulator.Library | GpuLibrary = GpuLibrary(build_for_gpu(f"{major}{minor}"))
     else:
-        defines = [WITH_SM90, ALWAYS_ORDERED] if units is ALL else []
-        library = emulator.build(*units, instrumented=instrumented, patches=patches, defines=defines)
+        if units is ALL:
+            flags = (WITH_SM90, ALWAYS_ORDERED, *flags)
+        library = emulator.build(*units, instrumented=instrumented, patches=patches, flags=flags)
     _check_mirrors(_functions(library))
     return library
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -32,7 +33,7 @@ SEEDS = (0, 1, 2, 3)
 
 # No contraction: the kernels' floating point does what the source says, whatever the compiler's version. No unique
 # symbols: of several libraries in a process, each has its own constants, where its emulator looks for them.
-_FLAGS = ("-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-gnu-unique")
+_FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-fno-gnu-unique")
 # Hidden, so that calls inside the runtime are direct.
 _RUNTIME_FLAGS = (*_FLAGS, "-march=native", "-fvisibility=hidden")
 # A return address identifies the line of a call, hence no tail calls. CUDA's idioms set off the warnings.
@@ -45,6 +46,9 @@ _KERNEL_FLAGS = (
     "-x",
     "c++",
 )
+# A source that includes more than it uses leaves the rest out where this is defined: patches matter to it in the files
+# that remain. Nothing is compiled so.
+_WHAT_IS_USED = "-DSIMT_WHAT_IS_USED"
 # The thread sanitizer's instrumentation without its library: src/sanitizer.cpp is called at every load and store.
 _INSTRUMENTATION = ("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0")
 
@@ -84,11 +88,20 @@ def _run(*command: str | Path) -> str:
     return result.stdout
 
 
-def _dependencies(source: Path, flags: Sequence[str]) -> list[Path]:
+@functools.cache
+def _dependencies(source: Path, flags: tuple[str, ...]) -> list[Path]:
     """`source` and every file of the repository that it includes."""
     rule = _run(_compiler(), *flags, "-MM", source)
     files = {Path(name).resolve() for name in rule.replace("\\\n", " ").split()[1:]}
     return sorted(file for file in files if file.is_relative_to(ROOT))
+
+
+def _patches_of(source: Path, flags: tuple[str, ...], patches: Sequence[Patch]) -> list[Patch]:
+    """Those that touch a file that `source` uses."""
+    if not patches:
+        return []
+    used = _dependencies(source, (*flags, _WHAT_IS_USED))
+    return [patch for patch in patches if ROOT / patch.file in used]
 
 
 def _digest(files: Sequence[Path], *extra: object) -> str:
@@ -171,38 +184,41 @@ def _build(
     sources: Sequence[Path],
     instrumented: bool,
     patches: Sequence[Patch],
-    defines: Sequence[str],
+    extra_flags: Sequence[str],
     link: Sequence[str],
     suffix: str,
 ) -> Path:
-    """Compiles `sources` side by side and links them with `link`; cached by the content of all they may include."""
+    """Compiles `sources` side by side and links them with `link`; cached by the content of all they may include. What
+    is made of a source that no patch touches is that of a build without the patch."""
     instrumentation = _INSTRUMENTATION if instrumented else ()
-    extra = os.environ.get("SIMT_CXXFLAGS", "").split()  # -O0 for gdb, say
-    flags = (*_KERNEL_FLAGS, *instrumentation, *(f"-D{define}" for define in defines), *extra)
+    from_environment = os.environ.get("SIMT_CXXFLAGS", "").split()  # -O0 for gdb, say
+    flags = (*_KERNEL_FLAGS, *instrumentation, *extra_flags, *from_environment)
+    listing_flags = (*flags, *_include_flags(ROOT))
     sources = [source.resolve() for source in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runtime = pool.submit(_runtime_object)
-        includes = list(pool.map(lambda source: _dependencies(source, [*flags, *_include_flags(ROOT)]), sources))
+        includes = list(pool.map(lambda source: _dependencies(source, listing_flags), sources))
+        patches_of = list(pool.map(lambda source: _patches_of(source, listing_flags, patches), sources))
+        for patch in patches:
+            if not any(patch in of_source for of_source in patches_of):
+                raise ValueError(f"{patch.file} is of no use to {', '.join(source.name for source in sources)}")
         objects = [
-            BUILD / f"{source.stem}-{_digest(files, flags, patches)}.o"
-            for source, files in zip(sources, includes, strict=True)
+            BUILD / f"{source.stem}-{_digest(files, flags, of_source)}.o"
+            for source, files, of_source in zip(sources, includes, patches_of, strict=True)
         ]
         names = [file.name for file in (runtime.result(), *objects)]
         target = BUILD / f"{sources[0].stem}-{_digest([], names, link)}{suffix}"
         with making(target) as scratch:
             if scratch is not None:
                 compiled = [
-                    pool.submit(_object, source, flags, patches, files, made)
-                    for source, files, made in zip(sources, includes, objects, strict=True)
+                    pool.submit(_object, source, flags, of_source, files, made)
+                    for source, of_source, files, made in zip(sources, patches_of, includes, objects, strict=True)
                 ]
                 for result in compiled:
                     result.result()
                 # The runtime first: of the inline functions that both hold, the linker keeps those without
                 # instrumentation.
                 _run(_compiler(), *link, runtime.result(), *objects, "-ldl", "-o", scratch)
-                if patches:  # nobody will ask for them again
-                    for made in objects:
-                        made.unlink()
     return target
 
 
@@ -261,13 +277,13 @@ class Library:
 
 
 def build(
-    *sources: Path, instrumented: bool = True, patches: Sequence[Patch] = (), defines: Sequence[str] = ()
+    *sources: Path, instrumented: bool = True, patches: Sequence[Patch] = (), flags: Sequence[str] = ()
 ) -> Library:
-    """The emulated library of .cu files with extern "C" entry points.
+    """The emulated library of .cu files with extern "C" entry points; `flags` are the compiler's, beside those of all.
 
     Instrumented builds check every access and are two to three times slower; the plain ones serve for big problems.
     """
-    return Library(_build(sources, instrumented, patches, defines, ["-shared"], ".so"), instrumented)
+    return Library(_build(sources, instrumented, patches, flags, ["-shared"], ".so"), instrumented)
 
 
 def build_program(source: Path, *, patches: Sequence[Patch] = ()) -> Path:

@@ -43,6 +43,15 @@ def test_patch_changes_the_copy_alone() -> None:
     assert out.tolist() == [float(i ^ 1) for i in range(32)]
 
 
+def test_patch_concerns_sources_that_use_its_file() -> None:
+    rules, score = (emulator.Patch(f"tests/simt/kernels/{name}", "a", "b") for name in ("rules.cu", "score.cuh"))
+    flags = (*emulator._KERNEL_FLAGS, *emulator._include_flags(emulator.ROOT))
+    assert emulator._patches_of(RULES, flags, [rules, score]) == [rules]
+    assert emulator._patches_of(RULES.with_name("score.cu"), flags, [rules, score]) == [score]
+    with pytest.raises(ValueError, match=r"score.cuh is of no use to rules.cu"):
+        emulator.build(RULES, patches=[rules, score])
+
+
 def test_compile_error_is_passed_on(tmp_path: Path) -> None:
     patch = emulator.Patch(
         "tests/simt/kernels/rules.cu", "float* smem_floats() {", "float* smem_floats() { __shared__ int i;"

@@ -1,0 +1,10 @@
+#include "cuda/sm80/grad_key_value.cuh"
+#include "instance.h"
+
+namespace adasplash2::cuda::one_instance {
+
+void grad_key_value(const Backward& call, const BackwardWorkspace& workspace) {
+  Instance::grad_key_value(call, workspace);
+}
+
+}  // namespace adasplash2::cuda::one_instance

@@ -1,0 +1,9 @@
+#include "cuda/sm90/output.cuh"
+#include "cuda/sm90/refine.cuh"
+#include "instance.h"
+
+namespace adasplash2::cuda::one_instance {
+
+void output(const Forward& call, const ForwardWorkspace& workspace) { Instance::output(call, workspace); }
+
+}  // namespace adasplash2::cuda::one_instance
