@@ -191,7 +191,7 @@ def _build(
     """Compiles `sources` side by side and links them with `link`; cached by the content of all they may include. What
     is made of a source that no patch touches is that of a build without the patch."""
     instrumentation = _INSTRUMENTATION if instrumented else ()
-    from_environment = os.environ.get("SIMT_CXXFLAGS", "").split()  # -O0 for gdb, say
+    from_environment = os.environ.get("SIMT_CXXFLAGS", "").split()  # -O0 -g for gdb, say
     flags = (*_KERNEL_FLAGS, *instrumentation, *extra_flags, *from_environment)
     listing_flags = (*flags, *_include_flags(ROOT))
     sources = [source.resolve() for source in sources]
