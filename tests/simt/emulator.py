@@ -225,9 +225,10 @@ def _build(
 class Library:
     """A compiled source with its own copy of the emulator."""
 
-    def __init__(self, path: Path, instrumented: bool) -> None:
+    def __init__(self, path: Path, instrumented: bool, keeps_stacks: bool = True) -> None:
         self.path = path
         self.instrumented = instrumented
+        self.keeps_stacks = keeps_stacks  # of the threads, from call to call
         self._library = ctypes.CDLL(str(path))
         self._library.simt_error.restype = ctypes.c_char_p
         self._library.simt_counter_name.restype = ctypes.c_char_p
@@ -268,7 +269,10 @@ class Library:
             ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, torch.Tensor) else argument
             for argument in arguments
         ]
-        if getattr(library, name)(*converted) != 0:
+        failed = getattr(library, name)(*converted) != 0
+        if not self.keeps_stacks:
+            library.simt_release_stacks()
+        if failed:
             raise Diagnosis(library.simt_error().decode())
         return {
             library.simt_counter_name(index).decode(): library.simt_counter(index)
@@ -283,7 +287,9 @@ def build(
 
     Instrumented builds check every access and are two to three times slower; the plain ones serve for big problems.
     """
-    return Library(_build(sources, instrumented, patches, flags, ["-shared"], ".so"), instrumented)
+    path = _build(sources, instrumented, patches, flags, ["-shared"], ".so")
+    # Stacks are a thousand mappings, of which a process may have 65530, and libraries with a bug are many.
+    return Library(path, instrumented, keeps_stacks=not patches)
 
 
 def build_program(source: Path, *, patches: Sequence[Patch] = ()) -> Path:

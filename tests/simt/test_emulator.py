@@ -12,6 +12,9 @@ import torch
 from simt import emulator
 
 RULES = Path(__file__).parent / "kernels" / "rules.cu"
+HALF_WARP_BUG = emulator.Patch(
+    "tests/simt/kernels/rules.cu", "  __syncwarp(threadIdx.x < 16", "  if (false) __syncwarp(threadIdx.x < 16"
+)
 
 
 def test_builds_are_cached() -> None:
@@ -32,15 +35,25 @@ def test_patch_must_fit_once(tmp_path: Path) -> None:
 
 def test_patch_changes_the_copy_alone() -> None:
     before = RULES.read_text()
-    patch = emulator.Patch(
-        "tests/simt/kernels/rules.cu", "  __syncwarp(threadIdx.x < 16", "  if (false) __syncwarp(threadIdx.x < 16"
-    )
-    patched, out = emulator.build(RULES, patches=[patch]), torch.zeros(32)
+    patched, out = emulator.build(RULES, patches=[HALF_WARP_BUG]), torch.zeros(32)
     with pytest.raises(emulator.Diagnosis, match=r"RACE|UNINITIALISED"):
         patched.call("run_half_warp_syncs", out, tensors={"out": out})
     assert RULES.read_text() == before
     emulator.build(RULES).call("run_half_warp_syncs", out, tensors={"out": out})
     assert out.tolist() == [float(i ^ 1) for i in range(32)]
+
+
+def test_many_patched_libraries_fit_a_process() -> None:
+    """Of the mappings that a process may have, a stack and its guard page are two."""
+
+    def count_mappings() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    harmless = emulator.Patch(HALF_WARP_BUG.file, HALF_WARP_BUG.old, HALF_WARP_BUG.new.replace("false", "true"))
+    library, out = emulator.build(RULES, patches=[harmless]), torch.zeros(32)
+    before = count_mappings()
+    library.call("run_half_warp_syncs", out, tensors={"out": out})
+    assert count_mappings() < before + 32
 
 
 def test_patch_concerns_sources_that_use_its_file() -> None:

@@ -1,9 +1,12 @@
 // What tests/simt/emulator.py calls through ctypes.
 #include "counters.h"
+#include "fiber.h"
 #include "scheduler.h"
 #include "shadow.h"
 
 namespace simt {
+
+extern StackPool stacks;
 
 namespace {
 std::string last_error;
@@ -32,6 +35,7 @@ void simt_register_global(const void* address, size_t bytes, const char* name) {
   simt::register_global(address, bytes, name);
 }
 void simt_unregister_globals() { simt::unregister_globals(); }
+void simt_release_stacks() { simt::stacks.release(); }
 
 int simt_num_counters() { return static_cast<int>(sizeof simt::Counters() / sizeof(uint64_t)); }
 const char* simt_counter_name(int index) { return simt::kCounterNames[index]; }

@@ -41,7 +41,7 @@ constexpr size_t kPitch = StackPool::kStackBytes + kGuardBytes;
 
 void StackPool::reserve(int num_stacks) {
   if (num_stacks <= num_stacks_) return;
-  if (base_ != nullptr) munmap(base_, mapped_bytes_);
+  release();
   mapped_bytes_ = kPitch * static_cast<size_t>(num_stacks);
   void* mapping =
       mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -49,6 +49,11 @@ void StackPool::reserve(int num_stacks) {
   base_ = static_cast<std::byte*>(mapping);
   num_stacks_ = num_stacks;
   for (int i = 0; i < num_stacks; ++i) mprotect(base_ + kPitch * static_cast<size_t>(i), kGuardBytes, PROT_NONE);
+}
+
+void StackPool::release() {
+  if (base_ != nullptr) munmap(base_, mapped_bytes_);
+  *this = {};
 }
 
 void* StackPool::prepare(int index, void (*entry)()) {

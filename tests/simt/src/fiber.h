@@ -14,6 +14,7 @@ class StackPool {
   static constexpr size_t kStackBytes = 128 * 1024;
 
   void reserve(int num_stacks);
+  void release();
   // A stack pointer from which simt_switch_stack enters `entry`, which must not return.
   void* prepare(int index, void (*entry)());
   bool contains(const void* address) const {
