@@ -287,8 +287,7 @@ def block_order(mask: Tensor, block_size: int, group_size: int | None = None) ->
     num_blocks = -(-(64 * key_tiles if by_columns else 16 * groups) // block_size)
     num_all = batch * kv_heads * num_blocks
     order, levels = (_empty_like_poison((num_all * size,), torch.uint8) for size in (8, 1))
-    addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, levels, order))
-    mask_address, *outputs = addresses
+    mask_address, *outputs = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (words, levels, order))
     build(WORK_ORDER).call(
         "order_columns" if by_columns else "order_rows", ctypes.byref(problem), mask_address, block_size, *outputs,
         tensors={"mask": words, "levels": levels, "order": order},

@@ -9,8 +9,8 @@ constexpr int kWarpgroupThreads = 128;
 constexpr int kWarpgroupWarps = 4;
 constexpr int kRowsPerConsumer = 64;  // the M of wgmma
 
-// Blocks are put in order of their live tiles where one may have so many tiles that it takes several times the 10 us of
-// that.
+// Blocks that may have so many keys (or queries) are put in order of their live tiles: the longest then takes several
+// times as long as the sort. Tests of short problems set it lower.
 #ifndef ADASPLASH2_ORDERED_LENGTH
 #define ADASPLASH2_ORDERED_LENGTH 8192
 #endif
