@@ -426,8 +426,8 @@ class RowStepWorker {
     const int64_t dim = params_.value_head_dim;
     const MatrixView<Element> values{view.value(0), params_.value.stride_row};
     for_key_ranges(lists_, num_rows_, params_.num_keys, values, dim,
-                   [&](int64_t i, const int32_t* column, Real* grad_prob, int64_t count) {
-                     gather_dot(grad_out_.data() + i * dim, values, dim, column, count, grad_prob);
+                   [&](int64_t i, const int32_t* column, Real* grad_prob, int64_t count, bool is_cached) {
+                     gather_dot(grad_out_.data() + i * dim, values, dim, column, count, is_cached, grad_prob);
                    });
   }
 
@@ -454,8 +454,8 @@ class RowStepWorker {
     const MatrixView<Element> keys{view.key(0), params_.key.stride_row};
     std::fill_n(grad_query_.data(), num_rows_ * dim, Real(0));
     for_key_ranges(lists_, num_rows_, params_.num_keys, keys, dim,
-                   [&](int64_t i, const int32_t* column, const Real* grad_score, int64_t count) {
-                     gather_sum(keys, dim, column, grad_score, count, grad_query_.data() + i * dim);
+                   [&](int64_t i, const int32_t* column, const Real* grad_score, int64_t count, bool is_cached) {
+                     gather_sum(keys, dim, column, grad_score, count, is_cached, grad_query_.data() + i * dim);
                    });
     for (int64_t i = 0; i < num_rows_; ++i) context_.write_grad_query(view, row_[i], grad_query_.data() + i * dim);
   }

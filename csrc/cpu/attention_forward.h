@@ -225,11 +225,11 @@ class ForwardWorker {
   // Every panel the block may see; false if the rows keep so much that strips are faster.
   template <Exponent kExponent>
   bool scan(const HeadView<Element>& view, const RowBlock& block, const Power<Real, kExponent>& power) {
-    lists_->reset(block.num_rows);
     const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
-    is_exact_ = !quantize(view, block, kv_index);
+    lists_->reset(block.num_rows);
+    is_exact_ = !quantize(view, block, kv_index) || !guess_bounds(view, block, kv_index, power);
+    if (is_exact_) lists_->reset(block.num_rows);
     const Real* packed_keys = is_exact_ ? pack(view, block, kv_index) : nullptr;
-    guess_bounds(view, block, kv_index, power);
     int64_t next_estimate = kFirstEstimate;
     for (int64_t panel = block.num_panels - 1; panel >= 0; --panel) {
       scan_one(view, block, packed_keys, kv_index, panel, power);
@@ -253,13 +253,13 @@ class ForwardWorker {
     scan_panel(view, block, groups_.data(), packed_keys + panel * keys_.panels.panel_size(), panel, power, *lists_);
   }
 
-  // Lower bounds for all rows that see enough of the sample.
+  // Lower bounds for all rows that see enough of the sample; false if wide margins would leave too many candidates.
   template <Exponent kExponent>
-  void guess_bounds(const HeadView<Element>& view, const RowBlock& block, int64_t kv_index,
+  bool guess_bounds(const HeadView<Element>& view, const RowBlock& block, int64_t kv_index,
                     const Power<Real, kExponent>& power) {
     if constexpr (!std::is_same_v<Real, double>) {
-      if (is_exact_) return;
       const Real unit = view.units.unit;
+      Real candidates = 0, visible = 0;
       RowBlock sample = block;
       for (int64_t row = 0; row < block.num_rows; ++row) {
         const int64_t size = num_sampled(block.key_end[row], keys_.stride);
@@ -292,9 +292,13 @@ class ForwardWorker {
               kGuessedMass / search.fraction * static_cast<Real>(list_count_above(search.score, search.size, guess));
           lists_->restart(row, kLeastGrowth + 2 * static_cast<int32_t>(expected));
           lists_->lower[row] = lists_->guess[row] = guess;
+          if (lists_->margin[row] * unit > kSmallMargin) candidates += expected;
+          visible += static_cast<Real>(block.key_end[row]);
         }
       }
+      return candidates <= kMostCandidates * visible;
     }
+    return true;
   }
 
   // From the part of their keys that the rows will keep, estimated by the panels scanned so far (the last ones). It
@@ -417,8 +421,8 @@ class ForwardWorker {
     }
     const MatrixView<Element> keys{view.key(0), params_.key.stride_row};
     for_key_ranges(entries_, block.num_rows, params_.num_keys, keys, dim,
-                   [&](int64_t row, const int32_t* column, Real* score, int64_t count) {
-                     gather_dot(query_rows_.data() + row * dim, keys, dim, column, count, score);
+                   [&](int64_t row, const int32_t* column, Real* score, int64_t count, bool is_cached) {
+                     gather_dot(query_rows_.data() + row * dim, keys, dim, column, count, is_cached, score);
                    });
   }
 
@@ -478,8 +482,8 @@ class ForwardWorker {
     const MatrixView<Element> values{view.value(0), params_.value.stride_row};
     std::fill_n(out_rows_.data(), num_kept_ * dim, Real(0));
     for_key_ranges(kept_, num_kept_, params_.num_keys, values, dim,
-                   [&](int64_t i, const int32_t* column, const Real* prob, int64_t count) {
-                     gather_sum(values, dim, column, prob, count, out_rows_.data() + i * dim);
+                   [&](int64_t i, const int32_t* column, const Real* prob, int64_t count, bool is_cached) {
+                     gather_sum(values, dim, column, prob, count, is_cached, out_rows_.data() + i * dim);
                    });
     for (int64_t i = 0; i < num_kept_; ++i) write_out(view, kept_row_[i], out_rows_.data() + i * dim);
     num_kept_ = kept_entries_ = 0;

@@ -41,10 +41,11 @@ constexpr int kPrefetchAhead = 8;
 constexpr int kSummedVectors =
     kVectorBytes == 64 ? 8 : 4;  // of a sum: two sets of accumulators in half of the registers
 
-// out[0 .. dim) += sum_j weight[j] * matrix.row(column[j]), j < count
+// out[0 .. dim) += sum_j weight[j] * matrix.row(column[j]), j < count; is_cached: the rows are in the L2 cache.
 template <class Element>
 ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim, const int32_t* column,
-                                  const Accumulator<Element>* weight, int64_t count, Accumulator<Element>* out) {
+                                  const Accumulator<Element>* weight, int64_t count, bool is_cached,
+                                  Accumulator<Element>* out) {
   using Real = Accumulator<Element>;
   for_pieces<Real, kSummedVectors>(dim, [&](int64_t first, auto vectors) {
     constexpr int kVectors = vectors;
@@ -58,7 +59,7 @@ ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim
     int64_t j = 0;
     for (; j + 2 <= count; j += 2) {
       const int64_t ahead = j + kPrefetchAhead;
-      if (ahead + 1 < count) {
+      if (!is_cached && ahead + 1 < count) {
         prefetch_row<kVectors>(matrix.row(column[ahead]) + first);
         prefetch_row<kVectors>(matrix.row(column[ahead + 1]) + first);
       }
@@ -148,10 +149,10 @@ ADASPLASH2_INLINE Vector<Real> sums_of(const Vector<Real>* x) {
   }
 }
 
-// product[j] = <x, matrix.row(column[j])>; product is written up to the next whole vector.
+// product[j] = <x, matrix.row(column[j])>; product is written up to the next whole vector. is_cached: as above.
 template <class Element>
 ADASPLASH2_INLINE void gather_dot(const Accumulator<Element>* x, const MatrixView<Element>& matrix, int64_t dim,
-                                  const int32_t* column, int64_t count, Accumulator<Element>* product) {
+                                  const int32_t* column, int64_t count, bool is_cached, Accumulator<Element>* product) {
   using Real = Accumulator<Element>;
   constexpr int kAll = kLanes<Real>;
   for_pieces<Real>(dim, [&](int64_t first, auto vectors) {
@@ -165,7 +166,8 @@ ADASPLASH2_INLINE void gather_dot(const Accumulator<Element>* x, const MatrixVie
       Vector<Real> partial[kAll];
 #pragma GCC unroll 16
       for (int i = 0; i < kAll; ++i) {
-        if (kWhole || j + kAll + i < count) prefetch_row<kVectors>(matrix.row(column[j + kAll + i]) + first);
+        if (!is_cached && (kWhole || j + kAll + i < count))
+          prefetch_row<kVectors>(matrix.row(column[j + kAll + i]) + first);
         const Element* row = matrix.row(column[kWhole || j + i < count ? j + i : j]) + first;
         Vector<Real> sum = left[0] * load(row);
 #pragma GCC unroll 8
@@ -204,9 +206,10 @@ inline const int32_t* keys_from(const int32_t* begin, const int32_t* end, int64_
   return begin;
 }
 
-// function(row, columns, values, number of entries) for every row and range: ranges from the last to the first, the
-// rows in order within a range. What the next calls read is on its way while one runs: of the lists, and, where the
-// lists are too short for ranges, the rows of the matrix too.
+// function(row, columns, values, number of entries, is_cached) for every row and range: ranges from the last to the
+// first, the rows in order within a range, whose part of the matrix then is in the L2 cache. What the next calls read
+// is on its way while one runs: of the lists, and, where the lists are too short for ranges, the rows of the matrix
+// too.
 template <class Element, class Function>
 ADASPLASH2_INLINE void for_key_ranges(const EntryList<Accumulator<Element>>* lists, int64_t num_rows, int64_t num_keys,
                                       const MatrixView<Element>& matrix, int64_t dim, Function function) {
@@ -241,7 +244,8 @@ ADASPLASH2_INLINE void for_key_ranges(const EntryList<Accumulator<Element>>* lis
       const int64_t begin = done[row];
       done[row] =
           range == 0 ? list.size : keys_from(list.column + begin, list.column + list.size, first_key) - list.column;
-      if (done[row] > begin) function(row, list.column + begin, list.value + begin, done[row] - begin);
+      if (done[row] > begin)
+        function(row, list.column + begin, list.value + begin, done[row] - begin, /*is_cached=*/num_ranges > 1);
     }
   }
 }

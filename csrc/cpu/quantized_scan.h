@@ -7,8 +7,8 @@
 //   eps_i = |q_i| max_j |dk_j| + |dq_i| max_j |k^_j|
 //
 // so a key whose quantised score is not above tau_lower - 2 eps_i (one eps for its score, one for the bound, which came
-// from quantised scores too) cannot be in the support. Row blocks where eps is large against the width of the window,
-// and heads with a NaN or infinite key, are scanned in float.
+// from quantised scores too) cannot be in the support. Row blocks where eps lets too many keys through (channels with
+// outliers), and heads with a NaN or infinite key, are scanned in float.
 //
 // A bound from what has been seen is low at first: three times as many scores are above it on their way as end in the
 // support. So a sample of the keys, one in so many, is scanned before, and tau guessed from it, on the low side. A
@@ -33,8 +33,11 @@ constexpr uint32_t kKeyFlip = 0;
 constexpr int64_t kPerWord = sizeof(uint32_t) / sizeof(QuantizedElement);  // what one lane multiplies and adds
 
 constexpr int64_t kQuantizedKeys =
-    512;                              // from so many keys on; below, re-scoring the candidates costs more than it saves
-constexpr float kMostMargin = 0.25f;  // largest mean of 2 eps in units of z, of the window's width 1
+    512;  // from so many keys on; below, re-scoring the candidates costs more than it saves
+
+// Rows whose 2 eps is above kSmallMargin (in z, whose window has the width 1) may have candidates, by the sample, up to
+// this part of the keys that their block sees; with more it is scanned in float.
+constexpr float kSmallMargin = 0.25f, kMostCandidates = 0.2f;
 
 // The sample: every sample_stride()-th key, from the middle of the first stride on.
 constexpr int64_t kSampleSize = 128, kLeastSampleStride = 8;
@@ -333,7 +336,7 @@ void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count,
   keys.residual_norm[index] = residual_norm;
 }
 
-// False if the margin of these rows is too wide (or not a number): scan them in float.
+// False if an error bound is not a number.
 template <class Element>
 bool quantize_queries(const HeadView<Element>& view, const RowBlock& block, float key_norm, float key_residual_norm,
                       QuantizedQueries& queries) {
@@ -361,7 +364,7 @@ bool quantize_queries(const HeadView<Element>& view, const RowBlock& block, floa
                   elements + word * kPerWord, sizeof(uint32_t));
     }
   }
-  return 2 * total * view.units.unit <= kMostMargin * block.num_rows;
+  return total < kInfinity<float>;
 }
 
 // Scans one panel for the named groups of the block's rows and prunes the lists that have grown.
