@@ -72,6 +72,7 @@ template <class Element>
 struct ScanKeys {
   PackedPanels<Element> panels;
   bool is_quantized;
+  Buffer<float> scale;  // of the integers, by kv head
   QuantizedKeys quantized, sampled;
   int64_t stride;  // of the sample
 
@@ -84,24 +85,63 @@ struct ScanKeys {
     if (!is_quantized && problem.num_keys > kStripKeys) panels.pack_all(parallel);
     if constexpr (!std::is_same_v<Element, double>) {
       if (!is_quantized) return;
+      find_scales(problem, parallel);
       quantize(problem, 1, problem.num_keys, quantized, parallel);
       quantize(problem, stride, num_sampled(problem.num_keys, stride), sampled, parallel);
     }
   }
 
  private:
+  static int64_t num_panels(int64_t num_keys) { return (num_keys + kPanelCols - 1) / kPanelCols; }
+
+  // The keys of a panel that take part in any row: those past a sequence's length may be anything.
+  struct Panel {
+    int64_t kv_index, first, count;
+    const Element* keys;
+
+    Panel(const AttentionProblem& problem, int64_t index, int64_t stride, int64_t num_keys)
+        : kv_index(index / num_panels(num_keys)), first(index % num_panels(num_keys) * kPanelCols) {
+      const int64_t batch = kv_index / problem.num_kv_heads, kv_head = kv_index % problem.num_kv_heads;
+      const int64_t length = problem.key_lengths == nullptr ? problem.num_keys : problem.key_lengths[batch];
+      const int64_t num_used = stride == 1 ? length : num_sampled(length, stride);
+      count = std::clamp<int64_t>(std::min(num_used, num_keys) - first, 0, kPanelCols);
+      keys = row_pointer<Element>(problem.key, batch, kv_head, first * stride + stride / 2);
+    }
+  };
+
+  // The least one for each head's keys.
+  void find_scales(const AttentionProblem& problem, const Parallel& parallel) {
+    const int64_t num_heads = problem.batch * problem.num_kv_heads, per_head = num_panels(problem.num_keys);
+    Buffer<float> of_panel(num_heads * per_head);
+    run_tasks(parallel, num_heads * per_head, [&] {
+      return [&](int64_t task) {
+        const Panel panel(problem, task, 1, problem.num_keys);
+        of_panel[task] = 0;
+        for (int64_t row = 0; row < panel.count; ++row) {
+          of_panel[task] = max_or_nan(of_panel[task],
+                                      least_scale(panel.keys + row * problem.key.stride_row, problem.head_dim, 1.0f));
+        }
+      };
+    });
+    scale.reserve(num_heads);
+    for (int64_t head = 0; head < num_heads; ++head) {
+      // A key that is not finite has no scale; its error bound will not be a number.
+      scale[head] = std::numeric_limits<float>::min();
+      for (int64_t i = head * per_head; i < (head + 1) * per_head; ++i) {
+        if (std::isfinite(of_panel[i])) scale[head] = std::max(scale[head], of_panel[i]);
+      }
+    }
+  }
+
   // Every stride-th key.
-  static void quantize(const AttentionProblem& problem, int64_t stride, int64_t num_keys, QuantizedKeys& keys,
-                       const Parallel& parallel) {
+  void quantize(const AttentionProblem& problem, int64_t stride, int64_t num_keys, QuantizedKeys& keys,
+                const Parallel& parallel) {
     keys.reserve(problem, num_keys);
-    const Rows& rows = problem.key;
     run_tasks(parallel, problem.batch * problem.num_kv_heads * keys.panels_per_head, [&] {
       return [&](int64_t task) {
-        const int64_t kv_index = task / keys.panels_per_head, first = task % keys.panels_per_head * kPanelCols;
-        quantize_panel(row_pointer<Element>(rows, kv_index / problem.num_kv_heads, kv_index % problem.num_kv_heads,
-                                            first * stride + stride / 2),
-                       rows.stride_row * stride, std::min<int64_t>(kPanelCols, num_keys - first), problem.head_dim,
-                       task, keys);
+        const Panel panel(problem, task, stride, num_keys);
+        quantize_panel(panel.keys, problem.key.stride_row * stride, panel.count, problem.head_dim,
+                       scale[panel.kv_index], task, keys);
       };
     });
   }
@@ -248,9 +288,17 @@ class ForwardWorker {
     if constexpr (!std::is_same_v<Real, double>) {
       if (!is_exact_)
         return scan_panel_quantized(view, block, GroupSet::all(), quantized_queries_, keys_.quantized, kv_index, panel,
-                                    power, *lists_);
+                                    power, thresholds_, *lists_);
     }
     scan_panel(view, block, groups_.data(), packed_keys + panel * keys_.panels.panel_size(), panel, power, *lists_);
+  }
+
+  // In a scan in integers: for the row's lower bound, and what its list has got since the last call.
+  void set_threshold(int64_t row) { thresholds_.set(row, lists_->lower[row], quantized_queries_); }
+  void convert_sums(int64_t row) {
+    if constexpr (!std::is_same_v<Real, double>) {
+      if (!is_exact_) thresholds_.convert_sums(*lists_, row);
+    }
   }
 
   // Lower bounds for all rows that see enough of the sample; false if wide margins would leave too many candidates.
@@ -261,27 +309,30 @@ class ForwardWorker {
       const Real unit = view.units.unit;
       Real candidates = 0, visible = 0;
       RowBlock sample = block;
-      for (int64_t row = 0; row < block.num_rows; ++row) {
+      sample.set_key_ends([&](int64_t row) {
         const int64_t size = num_sampled(block.key_end[row], keys_.stride);
-        sample.key_end[row] = size < kLeastSampled ? 0 : size;
+        return size < kLeastSampled ? 0 : size;
+      });
+      for (int64_t row = 0; row < block.num_groups() * kTileRows; ++row) {
         lists_->limit[row] = std::numeric_limits<int32_t>::max();  // all scores, as they come
+        set_threshold(row);
       }
-      for (int64_t panel = keys_.sampled.panels_per_head - 1; panel >= 0; --panel) {
+      for (int64_t panel = sample.num_panels - 1; panel >= 0; --panel) {
         scan_panel_quantized(view, sample, GroupSet::all(), quantized_queries_, keys_.sampled, kv_index, panel, power,
-                             *lists_);
+                             thresholds_, *lists_);
       }
       for (int64_t first = 0; first < block.num_rows; first += kSearchesAtOnce) {
         TauSearch<Real> searches[kSearchesAtOnce];
         int64_t searched[kSearchesAtOnce], count = 0;
         for (int64_t row = first; row < std::min(block.num_rows, first + kSearchesAtOnce); ++row) {
           const int64_t size = lists_->size[row];
+          thresholds_.convert_sums(*lists_, row);
+          const Real score_max = lists_->score_max[row];
           lists_->restart(row, 1);
           if (size == 0) continue;
-          pad(lists_->score[row], size);
           const Real fraction = static_cast<Real>(size) / static_cast<Real>(block.key_end[row]);
           searched[count] = row;
-          searches[count++] = {lists_->score[row],      size, list_max(lists_->score[row], size).max, -1 / unit,
-                               kGuessedMass * fraction, false};
+          searches[count++] = {lists_->score[row], size, score_max, -1 / unit, kGuessedMass * fraction, false};
         }
         estimate_taus<true>(power, searches, count, unit);
         for (int64_t i = 0; i < count; ++i) {
@@ -292,6 +343,7 @@ class ForwardWorker {
               kGuessedMass / search.fraction * static_cast<Real>(list_count_above(search.score, search.size, guess));
           lists_->restart(row, kLeastGrowth + 2 * static_cast<int32_t>(expected));
           lists_->lower[row] = lists_->guess[row] = guess;
+          set_threshold(row);
           if (lists_->margin[row] * unit > kSmallMargin) candidates += expected;
           visible += static_cast<Real>(block.key_end[row]);
         }
@@ -314,6 +366,7 @@ class ForwardWorker {
     for (int64_t row = 0; row < block.num_rows; row += kEstimatedRows) {
       const int64_t num_seen = block.key_end[row] - first_key, size = lists_->size[row];
       if (num_seen < kPanelCols || lists_->is_poisoned[row] || size == 0) continue;
+      convert_sums(row);
       pad(lists_->score[row], size);
       const Real score_max = list_max(lists_->score[row], size).max;
       const Real start = std::max(lists_->lower[row] - score_max, -1 / unit);
@@ -347,6 +400,7 @@ class ForwardWorker {
         norm = std::max(norm, keys_.quantized.norm[index]);
         residual_norm = max_or_nan(residual_norm, keys_.quantized.residual_norm[index]);
       }
+      quantized_queries_.key_scale = keys_.scale[kv_index];
       if (!quantize_queries(view, block, norm, residual_norm, quantized_queries_)) return false;
       for (int64_t row = 0; row < block.num_rows; ++row) lists_->margin[row] = 2 * quantized_queries_.epsilon[row];
       return true;
@@ -362,7 +416,9 @@ class ForwardWorker {
     const Real unit = view.units.unit;
     GroupSet wrong;
     for (int64_t row = 0; row < block.num_rows; ++row) {
-      if (groups.has(row / kTileRows)) prune(*lists_, row, power, unit, kLastSteps);
+      if (!groups.has(row / kTileRows)) continue;
+      convert_sums(row);
+      prune(*lists_, row, power, unit, kLastSteps);
     }
     if (!is_exact_) score_candidates(view, block, groups);
     for (int64_t first = 0; first < block.num_rows; first += kSearchesAtOnce) {
@@ -399,11 +455,14 @@ class ForwardWorker {
                    const Power<Real, kExponent>& power) {
     if constexpr (!std::is_same_v<Real, double>) {
       for (int64_t row = 0; row < block.num_rows; ++row) {
-        if (groups.has(row / kTileRows)) lists_->restart(row, kLeastGrowth);
+        if (!groups.has(row / kTileRows)) continue;
+        lists_->restart(row, kLeastGrowth);
+        set_threshold(row);
       }
       const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
       for (int64_t panel = block.num_panels - 1; panel >= 0; --panel) {
-        scan_panel_quantized(view, block, groups, quantized_queries_, keys_.quantized, kv_index, panel, power, *lists_);
+        scan_panel_quantized(view, block, groups, quantized_queries_, keys_.quantized, kv_index, panel, power,
+                             thresholds_, *lists_);
       }
       solve_lists(view, block, groups, power);
     }
@@ -580,6 +639,7 @@ class ForwardWorker {
   ScanKeys<Element>& keys_;
   const SupportLayout layout_;
   QuantizedQueries quantized_queries_;
+  QuantizedThresholds thresholds_;
   bool is_exact_ = true;     // the lists hold scores, not candidates by quantised scores
   Buffer<Real> groups_;      // the block's queries, packed
   Buffer<Real> query_rows_;  // [kRowBlock, D], times query_factor

@@ -51,10 +51,10 @@ inline int64_t sample_stride(int64_t num_keys) { return std::max(kLeastSampleStr
 inline int64_t num_sampled(int64_t num_keys, int64_t stride) { return (num_keys + stride / 2 - 1) / stride; }
 
 // Keys as integers k^ / scale (of 8 bits: + 128), [panel][sub-tile][D / kPerWord][kTileCols][kPerWord], with one scale
-// a panel.
+// a kv head.
 struct QuantizedKeys {
-  Buffer<uint32_t> data;                     // kPerWord integers each
-  Buffer<float> scale, residual_norm, norm;  // per panel; the norms are the largest of its rows
+  Buffer<uint32_t> data;              // kPerWord integers each
+  Buffer<float> residual_norm, norm;  // per panel: the largest of its rows
   int64_t panels_per_head = 0, panel_size = 0;
 
   void reserve(const AttentionProblem& problem, int64_t num_keys) {
@@ -62,7 +62,6 @@ struct QuantizedKeys {
     panel_size = problem.head_dim / kPerWord * kPanelCols;
     const int64_t num_panels = problem.batch * problem.num_kv_heads * panels_per_head;
     data.reserve(num_panels * panel_size);
-    scale.reserve(num_panels);
     residual_norm.reserve(num_panels);
     norm.reserve(num_panels);
   }
@@ -71,6 +70,7 @@ struct QuantizedKeys {
 // The quantised queries of a row block, groups [group][D / kPerWord][kTileRows] of kPerWord signed integers.
 struct QuantizedQueries {
   Buffer<uint32_t> data;
+  float key_scale;  // of the keys that they meet
   alignas(64) float scale[kRowBlock];
   alignas(64) float epsilon[kRowBlock];
   alignas(64) int32_t offset[kRowBlock];  // what kKeyFlip adds to each product
@@ -79,6 +79,44 @@ struct QuantizedQueries {
 struct QuantizedRow {
   float norm, residual_norm, quantized_norm;
   int32_t offset;
+};
+
+// What turns a row's integer sums into hits and scores.
+struct QuantizedThresholds {
+  // A sum starts at start[row]; it ends >= 0 where the score is above the row's lower bound, and then is listed as it
+  // is: score = factor * (sum + base).
+  int32_t start[kRowBlock], base[kRowBlock];
+  float factor[kRowBlock];
+
+  void set(int64_t row, float lower, const QuantizedQueries& queries) {
+    constexpr float kMost = 1 << 30;  // sums stay below it, so nothing overflows
+    factor[row] = queries.scale[row] * queries.key_scale;
+    base[row] = static_cast<int32_t>(std::floor(std::clamp(lower / factor[row], -kMost, kMost))) + 1;
+    start[row] = -(base[row] + queries.offset[row]);
+  }
+
+  // Sums -> scores, of the entries that a row's list has got since the last call; before set() has other numbers.
+  void convert_sums(RowLists<float>& lists, int64_t row) const {
+    typedef int32_t Sums __attribute__((vector_size(kVectorBytes)));
+    float* score = lists.score[row];
+    const int32_t size = lists.size[row];
+    Vector<float> largest = broadcast(lists.score_max[row]);
+    for (int32_t j = lists.checked[row]; j < size; j += kLanes<float>) {
+      Sums sums;
+      std::memcpy(&sums, score + j, sizeof(sums));
+      store(score + j, __builtin_convertvector(sums + base[row], Vector<float>) * factor[row]);
+      if (j + kLanes<float> > size) pad(score, size);
+      largest = max<float>(largest, load(score + j));
+    }
+    lists.score_max[row] = reduce_max<float>(largest);
+    lists.checked[row] = size;
+  }
+};
+
+// Of a panel. In memory, where an instruction of AVX-512 broadcasts them as it uses them; from a register that would
+// take one of its own, and no register for vectors is free.
+struct PanelNumbers {
+  int32_t first_key, half = kPanelCols / 2;
 };
 
 #if defined(ADASPLASH2_AVX512)
@@ -114,57 +152,38 @@ QuantizedRow quantize_row(const Element* row, int64_t dim, float factor, float s
           std::sqrt(reduce_add<float>(quantized_norm)), 128 * _mm512_reduce_add_epi32(sum)};
 }
 
-// What turns the row's integer sums into hits and scores, for one panel.
-struct QuantizedThresholds {
-  // acc starts at start[row]; it ends >= 0 where the score is above lower, and score = factor * (acc + base).
-  alignas(64) int32_t start[kRowBlock], base[kRowBlock];
-  alignas(64) float factor[kRowBlock];
-
-  void set(const float* lower, const QuantizedQueries& queries, float key_scale, int64_t num_rows) {
-    const __m512 most = _mm512_set1_ps(1 << 29);  // sums stay below 127 * 255 * D < 2^25, so this never overflows
-    for (int64_t row = 0; row < num_rows; row += 16) {
-      const __m512 scale = _mm512_mul_ps(_mm512_load_ps(queries.scale + row), _mm512_set1_ps(key_scale));
-      const __m512 bound = _mm512_div_ps(_mm512_load_ps(lower + row), scale);
-      const __m512 clamped = _mm512_max_ps(_mm512_min_ps(bound, most), _mm512_sub_ps(_mm512_setzero_ps(), most));
-      const __m512i below = _mm512_cvt_roundps_epi32(clamped, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-      const __m512i first = _mm512_add_epi32(below, _mm512_set1_epi32(1));
-      _mm512_store_si512(base + row, first);
-      _mm512_store_si512(
-          start + row,
-          _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_add_epi32(first, _mm512_load_si512(queries.offset + row))));
-      _mm512_store_ps(factor + row, scale);
-    }
-  }
-};
-
 const bool kHasByteCompress = __builtin_cpu_supports("avx512vbmi2") != 0;  // Ice Lake, Zen 4 and newer
 
-// Writes first_key + j for every bit j of `hits`, and up to 63 elements more.
-ADASPLASH2_INLINE void append_columns(int32_t* column, uint64_t hits, int32_t first_key) {
-  const __m512i first = _mm512_set1_epi32(first_key);
-  const auto store_16 = [&](int32_t* to, __m128i lanes) {
-    _mm512_storeu_si512(to, _mm512_add_epi32(first, _mm512_cvtepu8_epi32(lanes)));
-  };
+// The numbers of the bits that are set, a byte each, then zeros.
+ADASPLASH2_INLINE __m512i numbers_of_bits(uint64_t bits) {
   alignas(64) static constexpr uint8_t kLane[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                                     16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
                                                     32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47,
                                                     48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  __m512i numbers;
   if (__builtin_expect(!kHasByteCompress, 0)) {
-    for (; hits != 0; hits &= hits - 1) *column++ = first_key + static_cast<int32_t>(__builtin_ctzll(hits));
-    return;
+    alignas(64) uint8_t bytes[64] = {};
+    for (int count = 0; bits != 0; bits &= bits - 1) bytes[count++] = static_cast<uint8_t>(__builtin_ctzll(bits));
+    return _mm512_load_si512(bytes);
   }
-  __m512i lanes;
-  asm("vpcompressb %1, %0%{%2%}%{z%}" : "=v"(lanes) : "v"(_mm512_load_si512(kLane)), "Yk"(_cvtu64_mask64(hits)));
-  store_16(column, _mm512_castsi512_si128(lanes));
-  if (__builtin_expect(__builtin_popcountll(hits) <= 16, 1)) return;
-  store_16(column + 16, _mm512_extracti32x4_epi32(lanes, 1));
-  store_16(column + 32, _mm512_extracti32x4_epi32(lanes, 2));
-  store_16(column + 48, _mm512_extracti32x4_epi32(lanes, 3));
+  asm("vpcompressb %1, %0%{%2%}%{z%}" : "=v"(numbers) : "v"(_mm512_load_si512(kLane)), "Yk"(_cvtu64_mask64(bits)));
+  return numbers;
+}
+
+// Writes the sums with the named numbers, of 64 in four vectors, and their columns.
+ADASPLASH2_INLINE void append_sums(float* sums, int32_t* column, const __m512i (&acc)[4], __m128i numbers,
+                                   const PanelNumbers& panel) {
+  const __m512i index = _mm512_cvtepu8_epi32(numbers);
+  const __m512i low = _mm512_permutex2var_epi32(acc[0], index, acc[1]);
+  const __m512i high = _mm512_permutex2var_epi32(acc[2], index, acc[3]);
+  const __mmask16 is_high = _mm512_test_epi32_mask(index, _mm512_set1_epi32(panel.half));
+  _mm512_storeu_si512(sums, _mm512_mask_mov_epi32(low, is_high, high));
+  _mm512_storeu_si512(column, _mm512_add_epi32(index, _mm512_set1_epi32(panel.first_key)));
 }
 
 template <bool kEdited>
 __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const uint32_t* panel, int64_t depth,
-                                                    int32_t first_key, int64_t first_row,
+                                                    const PanelNumbers& numbers, int64_t first_row,
                                                     const QuantizedThresholds& thresholds, const uint64_t* allowed,
                                                     RowLists<float>& lists) {
   __m512i acc[kTileRows][4];
@@ -192,20 +211,17 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
     for (int v = 0; v < 4; ++v)
       hits |= uint64_t{_mm512_cmpge_epi32_mask(acc[row][v], _mm512_setzero_si512())} << (16 * v);
     if constexpr (kEdited) hits &= allowed[row];
-    if (hits == 0) continue;
-    const int32_t size = lists.size[first_row + row];
-    lists.size[first_row + row] = size + __builtin_popcountll(hits);
-    append_columns(lists.column[first_row + row] + size, hits, first_key);
-    float* score = lists.score[first_row + row] + size;
-    const __m512i base = _mm512_set1_epi32(thresholds.base[first_row + row]);
-    const __m512 factor = _mm512_set1_ps(thresholds.factor[first_row + row]);
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      const __mmask16 mask = static_cast<__mmask16>(hits >> (16 * v));
-      const __m512 scores = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(acc[row][v], base)), factor);
-      _mm512_storeu_ps(score, _mm512_maskz_compress_ps(mask, scores));
-      score += __builtin_popcount(mask);
-    }
+    // No branch on whether there are any: nothing foretells it.
+    const int32_t size = lists.size[first_row + row], count = __builtin_popcountll(hits);
+    lists.size[first_row + row] = size + count;
+    float* sums = lists.score[first_row + row] + size;
+    int32_t* column = lists.column[first_row + row] + size;
+    const __m512i bits = numbers_of_bits(hits);
+    append_sums(sums, column, acc[row], _mm512_castsi512_si128(bits), numbers);
+    if (__builtin_expect(count <= 16, 1)) continue;
+    append_sums(sums + 16, column + 16, acc[row], _mm512_extracti32x4_epi32(bits, 1), numbers);
+    append_sums(sums + 32, column + 32, acc[row], _mm512_extracti32x4_epi32(bits, 2), numbers);
+    append_sums(sums + 48, column + 48, acc[row], _mm512_extracti32x4_epi32(bits, 3), numbers);
   }
 }
 
@@ -241,29 +257,9 @@ QuantizedRow quantize_row(const Element* row, int64_t dim, float factor, float s
   return {norm, residual_norm, norm + residual_norm, 0};
 }
 
-struct QuantizedThresholds {
-  // acc starts at start[row]; it ends >= 0 where the score is above lower, and score = factor * (acc + base).
-  alignas(32) int32_t start[kRowBlock], base[kRowBlock];
-  alignas(32) float factor[kRowBlock];
-
-  void set(const float* lower, const QuantizedQueries& queries, float key_scale, int64_t num_rows) {
-    const __m256 most = _mm256_set1_ps(1 << 30);
-    for (int64_t row = 0; row < num_rows; row += 8) {
-      const __m256 scale = _mm256_mul_ps(_mm256_load_ps(queries.scale + row), _mm256_set1_ps(key_scale));
-      const __m256 bound = _mm256_div_ps(_mm256_load_ps(lower + row), scale);
-      const __m256 clamped = _mm256_max_ps(_mm256_min_ps(bound, most), _mm256_sub_ps(_mm256_setzero_ps(), most));
-      const __m256i below = _mm256_cvtps_epi32(_mm256_floor_ps(clamped));
-      const __m256i first = _mm256_add_epi32(below, _mm256_set1_epi32(1));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(base + row), first);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(start + row), _mm256_sub_epi32(_mm256_setzero_si256(), first));
-      _mm256_store_ps(factor + row, scale);
-    }
-  }
-};
-
 template <bool kEdited>
 __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const uint32_t* panel, int64_t depth,
-                                                    int32_t first_key, int64_t first_row,
+                                                    const PanelNumbers& numbers, int64_t first_row,
                                                     const QuantizedThresholds& thresholds, const uint64_t* allowed,
                                                     RowLists<float>& lists) {
   constexpr int kCols = kTileCols<float>;
@@ -288,16 +284,13 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
       const auto negative = [](__m256i x) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)x)); };
       if (negative(_mm256_and_si256(acc[row][0], acc[row][1])) == 0xff) continue;
       int32_t size = lists.size[first_row + row];
-      const __m256i base = _mm256_set1_epi32(thresholds.base[first_row + row]);
-      const float factor = thresholds.factor[first_row + row];
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         const int first = sub * kCols + v * 8;
         uint32_t hits = negative(acc[row][v]) ^ 0xff;
         if constexpr (kEdited) hits &= static_cast<uint32_t>(allowed[row] >> first);
-        const auto score = (Vector<float>)_mm256_cvtepi32_ps(_mm256_add_epi32(acc[row][v], base)) * factor;
         size += append_compressed<float>(lists.score[first_row + row] + size, lists.column[first_row + row] + size,
-                                         hits, score, first_key + first);
+                                         hits, (Vector<float>)acc[row][v], numbers.first_key + first);
       }
       lists.size[first_row + row] = size;
     }
@@ -309,13 +302,10 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
 #if defined(ADASPLASH2_AVX2)
 
 template <class Element>
-void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t dim, int64_t index,
-                    QuantizedKeys& keys) {
+void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count, int64_t dim, float scale,
+                    int64_t index, QuantizedKeys& keys) {
   constexpr int64_t kCols = kTileCols<float>;
   uint32_t* out = keys.data.data() + index * keys.panel_size;
-  float scale = 0;
-  for (int64_t row = 0; row < count; ++row)
-    scale = max_or_nan(scale, least_scale(first_row + row * stride_row, dim, 1.0f));
   float norm = 0, residual_norm = 0;
   alignas(64) QuantizedElement elements[kMostQuantizedDim];
   for (int64_t col = 0; col < kPanelCols; ++col) {
@@ -331,7 +321,6 @@ void quantize_panel(const Element* first_row, int64_t stride_row, int64_t count,
       out[(col / kCols * (dim / kPerWord) + word) * kCols + col % kCols] = elements_of_word ^ kKeyFlip;
     }
   }
-  keys.scale[index] = scale;
   keys.norm[index] = norm;
   keys.residual_norm[index] = residual_norm;
 }
@@ -371,27 +360,29 @@ bool quantize_queries(const HeadView<Element>& view, const RowBlock& block, floa
 template <class Element, Exponent kExponent>
 void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, GroupSet groups,
                           const QuantizedQueries& queries, const QuantizedKeys& keys, int64_t kv_index, int64_t panel,
-                          const Power<float, kExponent>& power, RowLists<float>& lists) {
+                          const Power<float, kExponent>& power, QuantizedThresholds& thresholds,
+                          RowLists<float>& lists) {
   const int64_t depth = view.problem.head_dim / kPerWord, index = kv_index * keys.panels_per_head + panel;
   const uint32_t* packed_panel = keys.data.data() + index * keys.panel_size;
-  const int32_t first_key = static_cast<int32_t>(panel * kPanelCols);
-  QuantizedThresholds thresholds;
-  thresholds.set(lists.lower, queries, keys.scale[index], block.num_groups() * kTileRows);
+  const PanelNumbers numbers{static_cast<int32_t>(panel * kPanelCols)};
   for (int64_t group = 0; group < block.num_groups(); ++group) {
     if (!groups.has(group)) continue;
     const uint32_t* rows = queries.data.data() + group * depth * kTileRows;
     const RowBlock::View seen = block.group_view(group, panel, /*has_mask=*/false);
     if (seen == RowBlock::View::kNothing) continue;
     if (seen == RowBlock::View::kEverything) {
-      scan_group_quantized<false>(rows, packed_panel, depth, first_key, group * kTileRows, thresholds, nullptr, lists);
+      scan_group_quantized<false>(rows, packed_panel, depth, numbers, group * kTileRows, thresholds, nullptr, lists);
     } else {
       uint64_t allowed[kTileRows];
       for (int row = 0; row < kTileRows; ++row)
-        allowed[row] = allowed_keys(block.key_end[group * kTileRows + row] - first_key);
-      scan_group_quantized<true>(rows, packed_panel, depth, first_key, group * kTileRows, thresholds, allowed, lists);
+        allowed[row] = allowed_keys(block.key_end[group * kTileRows + row] - numbers.first_key);
+      scan_group_quantized<true>(rows, packed_panel, depth, numbers, group * kTileRows, thresholds, allowed, lists);
     }
     for (int64_t row = group * kTileRows; row < (group + 1) * kTileRows; ++row) {
-      if (__builtin_expect(lists.size[row] >= lists.limit[row], 0)) prune(lists, row, power, view.units.unit);
+      if (__builtin_expect(lists.size[row] < lists.limit[row], 1)) continue;
+      thresholds.convert_sums(lists, row);
+      prune(lists, row, power, view.units.unit);
+      thresholds.set(row, lists.lower[row], queries);
     }
   }
 }
@@ -400,14 +391,19 @@ void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, 
 
 // Never called: has_quantized_scan() is false.
 template <class Element>
-void quantize_panel(const Element*, int64_t, int64_t, int64_t, int64_t, QuantizedKeys&) {}
+void quantize_panel(const Element*, int64_t, int64_t, int64_t, float, int64_t, QuantizedKeys&) {}
+template <class Element>
+float least_scale(const Element*, int64_t, float) {
+  return 0;
+}
 template <class Element>
 bool quantize_queries(const HeadView<Element>&, const RowBlock&, float, float, QuantizedQueries&) {
   return false;
 }
 template <class Element, Exponent kExponent>
 void scan_panel_quantized(const HeadView<Element>&, const RowBlock&, GroupSet, const QuantizedQueries&,
-                          const QuantizedKeys&, int64_t, int64_t, const Power<float, kExponent>&, RowLists<float>&) {}
+                          const QuantizedKeys&, int64_t, int64_t, const Power<float, kExponent>&, QuantizedThresholds&,
+                          RowLists<float>&) {}
 
 #endif
 

@@ -242,19 +242,31 @@ struct GroupSet {
 // The keys that the rows of a block may see.
 struct RowBlock {
   int64_t first_row, num_rows;
-  int64_t key_end[kRowBlock];  // per row; 0 past the last row
-  int64_t num_panels;          // panels that any row may see
+  int64_t key_end[kRowBlock];                                                         // per row; 0 past the last row
+  int64_t num_panels;                                                                 // panels that any row may see
+  int64_t least_key_end[kRowBlock / kTileRows], most_key_end[kRowBlock / kTileRows];  // of a group's rows
 
   template <class Element>
   RowBlock(const HeadView<Element>& view, int64_t block) {
     first_row = block * kRowBlock;
     num_rows = std::min<int64_t>(kRowBlock, view.problem.num_queries - first_row);
-    int64_t largest = 0;
-    for (int64_t row = 0; row < kRowBlock; ++row) {
-      key_end[row] = row < num_rows ? view.key_end(first_row + row) : 0;
-      largest = std::max(largest, key_end[row]);
+    set_key_ends([&](int64_t row) { return view.key_end(first_row + row); });
+  }
+
+  template <class KeyEnd>
+  void set_key_ends(KeyEnd key_end_of) {
+    int64_t most = 0;
+    for (int64_t group = 0; group < kRowBlock / kTileRows; ++group) {
+      least_key_end[group] = std::numeric_limits<int64_t>::max();
+      most_key_end[group] = 0;
+      for (int64_t row = group * kTileRows; row < (group + 1) * kTileRows; ++row) {
+        key_end[row] = row < num_rows ? key_end_of(row) : 0;
+        if (row < num_rows) least_key_end[group] = std::min(least_key_end[group], key_end[row]);
+        most_key_end[group] = std::max(most_key_end[group], key_end[row]);
+      }
+      most = std::max(most, most_key_end[group]);
     }
-    num_panels = (largest + kPanelCols - 1) / kPanelCols;
+    num_panels = (most + kPanelCols - 1) / kPanelCols;
   }
 
   int64_t num_groups() const { return (num_rows + kTileRows - 1) / kTileRows; }
@@ -263,13 +275,8 @@ struct RowBlock {
   enum class View { kNothing, kEverything, kPart };
   View group_view(int64_t group, int64_t panel, bool has_mask) const {
     const int64_t first_key = panel * kPanelCols;
-    int64_t smallest = std::numeric_limits<int64_t>::max(), largest = 0;
-    for (int64_t row = group * kTileRows; row < std::min<int64_t>(num_rows, (group + 1) * kTileRows); ++row) {
-      smallest = std::min(smallest, key_end[row]);
-      largest = std::max(largest, key_end[row]);
-    }
-    if (largest <= first_key) return View::kNothing;
-    return smallest >= first_key + kPanelCols && !has_mask ? View::kEverything : View::kPart;
+    if (most_key_end[group] <= first_key) return View::kNothing;
+    return least_key_end[group] >= first_key + kPanelCols && !has_mask ? View::kEverything : View::kPart;
   }
 
   // The masks of a group of rows over a panel; false if they leave nothing.
