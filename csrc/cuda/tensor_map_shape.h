@@ -21,6 +21,14 @@ struct TensorMapShape {
   int swizzle_bytes;         // 0, 32, 64 or 128: the inner box is at most that long
 };
 
+inline bool operator==(const TensorMapShape& a, const TensorMapShape& b) {
+  bool is_equal = a.element == b.element && a.base == b.base && a.rank == b.rank && a.swizzle_bytes == b.swizzle_bytes;
+  for (int i = 0; is_equal && i < a.rank; ++i) {
+    is_equal = a.size[i] == b.size[i] && (i == 0 || a.stride_bytes[i] == b.stride_bytes[i]) && a.box[i] == b.box[i];
+  }
+  return is_equal;
+}
+
 // Every field, for the message when a shape is refused: the driver does not say which it did not like.
 inline std::string describe(const TensorMapShape& shape) {
   constexpr const char* kNames[] = {"bfloat16", "float16", "float32"};

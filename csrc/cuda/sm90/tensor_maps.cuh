@@ -5,11 +5,13 @@
 #include <tensor_map.cuh>
 
 #include "cuda/sm90/smem_tile.cuh"
+#include "cuda/tensor_map_cache.h"
 #include "params.h"
 
 namespace adasplash2::cuda::sm90 {
 
-// Boxes of box_rows rows x one panel, with the swizzle of SmemTile. Dimensions: dim, row, head, batch.
+// Boxes of box_rows rows x one panel, with the swizzle of SmemTile. Dimensions: dim, row, head, batch. Made once for
+// tensors of one address, shape and strides.
 inline TensorMap rows_map(const Rows& rows, DataType dtype, int64_t dim, int64_t num_rows, int64_t num_heads,
                           int64_t batch, int box_rows) {
   const int64_t bytes = size_of(dtype);
@@ -29,7 +31,8 @@ inline TensorMap rows_map(const Rows& rows, DataType dtype, int64_t dim, int64_t
     shape.box[i] = static_cast<uint32_t>(boxes[i]);
   }
   shape.swizzle_bytes = kPanelRowBytes;
-  return make_tensor_map(shape);
+  static thread_local TensorMapCache<TensorMap> cache;
+  return cache.find(shape, make_tensor_map);
 }
 
 // Of a tensor with the rows and heads of query, and of one with those of key.
