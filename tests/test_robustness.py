@@ -164,7 +164,7 @@ def test_bad_query(path, bad, name, dtype, shape):
 
 @pytest.mark.parametrize("name", ["sparse", "dense"])
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-def test_nan_key_poisons_every_row_that_sees_it(path, name, dtype, shape):
+def test_nan_key_poisons_every_row_that_sees_it(path, name, dtype, shape, isa):
     tensors = cases.inputs(name, shape, dtype)
     tensors[1][0, 1, shape.num_keys - 60, 3] = NAN  # query i sees key j <= i + Nk - 70
     clean = path(*(t.nan_to_num() for t in tensors[:3]), is_causal=True)
@@ -177,7 +177,7 @@ def test_nan_key_poisons_every_row_that_sees_it(path, name, dtype, shape):
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("name", ["sparse", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bad_key_gradients(bad, name, dtype, shape):
+def test_bad_key_gradients(bad, name, dtype, shape, isa):
     """To rows that do not see the key, or for which it scores -inf, it is as if it were not there. The others are NaN
     and count for nothing."""
     query, key, value, grad_out = cases.inputs(name, shape, dtype)

@@ -125,10 +125,10 @@ struct ScanKeys {
     });
     scale.reserve(num_heads);
     for (int64_t head = 0; head < num_heads; ++head) {
-      // A key that is not finite has no scale; its error bound will not be a number.
+      // Not finite where a key is not: then neither is any error bound of the head.
       scale[head] = std::numeric_limits<float>::min();
       for (int64_t i = head * per_head; i < (head + 1) * per_head; ++i) {
-        if (std::isfinite(of_panel[i])) scale[head] = std::max(scale[head], of_panel[i]);
+        scale[head] = max_or_nan(scale[head], of_panel[i]);
       }
     }
   }
