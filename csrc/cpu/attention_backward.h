@@ -359,7 +359,7 @@ struct SupportGradients {
   void set_ranges(const AttentionProblem& problem, int64_t num_kv) {
     constexpr int64_t kSumBytes = 512 << 10, kLeastTasks = 16, kLeastPanels = 4;
     const int64_t key_bytes = (problem.head_dim + problem.value_head_dim) * static_cast<int64_t>(sizeof(Real));
-    const int64_t num_panels = (problem.num_keys + kPanelCols - 1) / kPanelCols;
+    const int64_t num_panels = panels_of(problem.num_keys);
     const int64_t fitting = kSumBytes / (key_bytes * kPanelCols), shared = num_panels * num_kv / kLeastTasks;
     keys_per_range = std::max(std::min(fitting, shared), kLeastPanels) * kPanelCols;
     num_ranges = (problem.num_keys + keys_per_range - 1) / keys_per_range;
@@ -727,7 +727,7 @@ void backward_typed(const AttentionBackward& params, const Parallel& parallel) {
 
   // What must be kept: the ranges of keys that strips see, and all of them for heads that are in several waves.
   const int64_t range = lists.keys_per_range();
-  const int64_t all_keys = (params.num_keys + kPanelCols - 1) / kPanelCols * kPanelCols;
+  const int64_t all_keys = panels_of(params.num_keys) * kPanelCols;
   std::vector<int64_t> num_kept(context.num_kv, 0);
   for (const StripHead& head : strips) {
     num_kept[head.kv] = std::min(all_keys, (head.num_keys + range - 1) / range * range);

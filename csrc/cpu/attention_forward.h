@@ -23,7 +23,7 @@ class PackedPanels {
       : problem_(problem),
         matrix_(matrix),
         depth_(depth),
-        panels_per_head_((problem.num_keys + kPanelCols - 1) / kPanelCols),
+        panels_per_head_(panels_of(problem.num_keys)),
         state_(std::make_unique<std::atomic<State>[]>(num_panels())) {
     data_.reserve(num_panels() * panel_size(), Use::kSparse);
   }
@@ -92,26 +92,23 @@ struct ScanKeys {
   }
 
  private:
-  static int64_t num_panels(int64_t num_keys) { return (num_keys + kPanelCols - 1) / kPanelCols; }
-
-  // The keys of a panel that take part in any row: those past a sequence's length may be anything.
+  // Of every stride-th key a panel: those that take part, as the others may be anything.
   struct Panel {
     int64_t kv_index, first, count;
     const Element* keys;
 
     Panel(const AttentionProblem& problem, int64_t index, int64_t stride, int64_t num_keys)
-        : kv_index(index / num_panels(num_keys)), first(index % num_panels(num_keys) * kPanelCols) {
+        : kv_index(index / panels_of(num_keys)), first(index % panels_of(num_keys) * kPanelCols) {
       const int64_t batch = kv_index / problem.num_kv_heads, kv_head = kv_index % problem.num_kv_heads;
-      const int64_t length = problem.key_lengths == nullptr ? problem.num_keys : problem.key_lengths[batch];
-      const int64_t num_used = stride == 1 ? length : num_sampled(length, stride);
-      count = std::clamp<int64_t>(std::min(num_used, num_keys) - first, 0, kPanelCols);
+      const int64_t length = length_of(problem, batch);
+      count = std::clamp<int64_t>((stride == 1 ? length : num_sampled(length, stride)) - first, 0, kPanelCols);
       keys = row_pointer<Element>(problem.key, batch, kv_head, first * stride + stride / 2);
     }
   };
 
   // The least one for each head's keys.
   void find_scales(const AttentionProblem& problem, const Parallel& parallel) {
-    const int64_t num_heads = problem.batch * problem.num_kv_heads, per_head = num_panels(problem.num_keys);
+    const int64_t num_heads = problem.batch * problem.num_kv_heads, per_head = panels_of(problem.num_keys);
     Buffer<float> of_panel(num_heads * per_head);
     run_tasks(parallel, num_heads * per_head, [&] {
       return [&](int64_t task) {
@@ -268,7 +265,6 @@ class ForwardWorker {
     const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
     lists_->reset(block.num_rows);
     is_exact_ = !quantize(view, block, kv_index) || !guess_bounds(view, block, kv_index, power);
-    if (is_exact_) lists_->reset(block.num_rows);
     const Real* packed_keys = is_exact_ ? pack(view, block, kv_index) : nullptr;
     int64_t next_estimate = kFirstEstimate;
     for (int64_t panel = block.num_panels - 1; panel >= 0; --panel) {
@@ -301,7 +297,8 @@ class ForwardWorker {
     }
   }
 
-  // Lower bounds for all rows that see enough of the sample; false if wide margins would leave too many candidates.
+  // Lower bounds for all rows that see enough of the sample; false, and none, if wide margins would leave too many
+  // candidates.
   template <Exponent kExponent>
   bool guess_bounds(const HeadView<Element>& view, const RowBlock& block, int64_t kv_index,
                     const Power<Real, kExponent>& power) {
@@ -348,7 +345,10 @@ class ForwardWorker {
           visible += static_cast<Real>(block.key_end[row]);
         }
       }
-      return candidates <= kMostCandidates * visible;
+      if (candidates > kMostCandidates * visible) {
+        lists_->reset(block.num_rows);
+        return false;
+      }
     }
     return true;
   }

@@ -222,7 +222,7 @@ ADASPLASH2_INLINE void for_key_ranges(const EntryList<Accumulator<Element>>* lis
   }
   const int64_t fitting = num_entries / (std::max<int64_t>(num_rows, 1) * kEntriesPerRange);
   const int64_t num_ranges = std::clamp<int64_t>(fitting, 1, (num_keys + kKeysPerRange - 1) / kKeysPerRange);
-  const int64_t num_panels = (num_keys + kPanelCols - 1) / kPanelCols;
+  const int64_t num_panels = panels_of(num_keys);
   for (int64_t range = num_ranges - 1; range >= 0; --range) {
     const int64_t first_key = num_panels * range / num_ranges * kPanelCols;
     for (int64_t row = 0; row < num_rows; ++row) {

@@ -7,6 +7,8 @@ namespace adasplash2::cpu::ADASPLASH2_ISA {
 
 constexpr int kPanelCols = 64;  // keys that are packed, scanned and masked together
 
+inline int64_t panels_of(int64_t num_keys) { return (num_keys + kPanelCols - 1) / kPanelCols; }
+
 // The scan works on u = <query_factor * q, k> + bias_factor * bias, so that z = (alpha - 1) * score = unit * u.
 // query_factor is a power of two times the sign of scale (exact in every dtype) and 1 <= unit < 2, so thresholds on u
 // stay in range whatever scale is; scale = 0 makes every product zero and leaves the bias.
@@ -41,13 +43,19 @@ Element* mutable_row_pointer(const Rows& rows, int64_t batch, int64_t head, int6
   return const_cast<Element*>(row_pointer<Element>(rows, batch, head, row));
 }
 
+// The keys of a sequence that take part: key_lengths applied.
+inline int64_t length_of(const AttentionProblem& problem, int64_t batch) {
+  if (problem.key_lengths == nullptr) return problem.num_keys;
+  return std::clamp<int64_t>(problem.key_lengths[batch], 0, problem.num_keys);
+}
+
 template <class Element>
 struct HeadView {
   const AttentionProblem& problem;
   int64_t batch, head, kv_head;
   double alpha;
   Units<Accumulator<Element>> units;
-  int64_t num_keys;  // that take part: key_lengths applied
+  int64_t num_keys;  // that take part
 
   HeadView(const AttentionProblem& p, int64_t batch_index, int64_t head_index)
       : problem(p),
@@ -56,8 +64,7 @@ struct HeadView {
         kv_head(head_index / (p.num_heads / p.num_kv_heads)),
         alpha(head_alpha(p, batch_index, head_index)),
         units(alpha, p.scale),
-        num_keys(p.key_lengths == nullptr ? p.num_keys
-                                          : std::clamp<int64_t>(p.key_lengths[batch_index], 0, p.num_keys)) {}
+        num_keys(length_of(p, batch_index)) {}
 
   int64_t index() const { return batch * problem.num_heads + head; }
   const Element* query(int64_t row) const { return row_pointer<Element>(problem.query, batch, head, row); }

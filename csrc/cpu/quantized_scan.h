@@ -32,8 +32,8 @@ constexpr uint32_t kKeyFlip = 0;
 #endif
 constexpr int64_t kPerWord = sizeof(uint32_t) / sizeof(QuantizedElement);  // what one lane multiplies and adds
 
-constexpr int64_t kQuantizedKeys =
-    512;  // from so many keys on; below, re-scoring the candidates costs more than it saves
+// From so many keys on; below, re-scoring the candidates costs more than it saves.
+constexpr int64_t kQuantizedKeys = 512;
 
 // Rows whose 2 eps is above kSmallMargin (in z, whose window has the width 1) may have candidates, by the sample, up to
 // this part of the keys that their block sees; with more it is scanned in float.
@@ -58,7 +58,7 @@ struct QuantizedKeys {
   int64_t panels_per_head = 0, panel_size = 0;
 
   void reserve(const AttentionProblem& problem, int64_t num_keys) {
-    panels_per_head = (num_keys + kPanelCols - 1) / kPanelCols;
+    panels_per_head = panels_of(num_keys);
     panel_size = problem.head_dim / kPerWord * kPanelCols;
     const int64_t num_panels = problem.batch * problem.num_kv_heads * panels_per_head;
     data.reserve(num_panels * panel_size);
@@ -115,7 +115,7 @@ struct QuantizedThresholds {
 
 // Of a panel. In memory, where an instruction of AVX-512 broadcasts them as it uses them; from a register that would
 // take one of its own, and no register for vectors is free.
-struct PanelNumbers {
+struct PanelConstants {
   int32_t first_key, half = kPanelCols / 2;
 };
 
@@ -172,18 +172,18 @@ ADASPLASH2_INLINE __m512i numbers_of_bits(uint64_t bits) {
 
 // Writes the sums with the named numbers, of 64 in four vectors, and their columns.
 ADASPLASH2_INLINE void append_sums(float* sums, int32_t* column, const __m512i (&acc)[4], __m128i numbers,
-                                   const PanelNumbers& panel) {
+                                   const PanelConstants& constants) {
   const __m512i index = _mm512_cvtepu8_epi32(numbers);
   const __m512i low = _mm512_permutex2var_epi32(acc[0], index, acc[1]);
   const __m512i high = _mm512_permutex2var_epi32(acc[2], index, acc[3]);
-  const __mmask16 is_high = _mm512_test_epi32_mask(index, _mm512_set1_epi32(panel.half));
+  const __mmask16 is_high = _mm512_test_epi32_mask(index, _mm512_set1_epi32(constants.half));
   _mm512_storeu_si512(sums, _mm512_mask_mov_epi32(low, is_high, high));
-  _mm512_storeu_si512(column, _mm512_add_epi32(index, _mm512_set1_epi32(panel.first_key)));
+  _mm512_storeu_si512(column, _mm512_add_epi32(index, _mm512_set1_epi32(constants.first_key)));
 }
 
 template <bool kEdited>
 __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const uint32_t* panel, int64_t depth,
-                                                    const PanelNumbers& numbers, int64_t first_row,
+                                                    const PanelConstants& constants, int64_t first_row,
                                                     const QuantizedThresholds& thresholds, const uint64_t* allowed,
                                                     RowLists<float>& lists) {
   __m512i acc[kTileRows][4];
@@ -216,12 +216,12 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
     lists.size[first_row + row] = size + count;
     float* sums = lists.score[first_row + row] + size;
     int32_t* column = lists.column[first_row + row] + size;
-    const __m512i bits = numbers_of_bits(hits);
-    append_sums(sums, column, acc[row], _mm512_castsi512_si128(bits), numbers);
+    const __m512i numbers = numbers_of_bits(hits);
+    append_sums(sums, column, acc[row], _mm512_castsi512_si128(numbers), constants);
     if (__builtin_expect(count <= 16, 1)) continue;
-    append_sums(sums + 16, column + 16, acc[row], _mm512_extracti32x4_epi32(bits, 1), numbers);
-    append_sums(sums + 32, column + 32, acc[row], _mm512_extracti32x4_epi32(bits, 2), numbers);
-    append_sums(sums + 48, column + 48, acc[row], _mm512_extracti32x4_epi32(bits, 3), numbers);
+    append_sums(sums + 16, column + 16, acc[row], _mm512_extracti32x4_epi32(numbers, 1), constants);
+    append_sums(sums + 32, column + 32, acc[row], _mm512_extracti32x4_epi32(numbers, 2), constants);
+    append_sums(sums + 48, column + 48, acc[row], _mm512_extracti32x4_epi32(numbers, 3), constants);
   }
 }
 
@@ -259,7 +259,7 @@ QuantizedRow quantize_row(const Element* row, int64_t dim, float factor, float s
 
 template <bool kEdited>
 __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const uint32_t* panel, int64_t depth,
-                                                    const PanelNumbers& numbers, int64_t first_row,
+                                                    const PanelConstants& constants, int64_t first_row,
                                                     const QuantizedThresholds& thresholds, const uint64_t* allowed,
                                                     RowLists<float>& lists) {
   constexpr int kCols = kTileCols<float>;
@@ -290,7 +290,7 @@ __attribute__((noinline)) void scan_group_quantized(const uint32_t* group, const
         uint32_t hits = negative(acc[row][v]) ^ 0xff;
         if constexpr (kEdited) hits &= static_cast<uint32_t>(allowed[row] >> first);
         size += append_compressed<float>(lists.score[first_row + row] + size, lists.column[first_row + row] + size,
-                                         hits, (Vector<float>)acc[row][v], numbers.first_key + first);
+                                         hits, (Vector<float>)acc[row][v], constants.first_key + first);
       }
       lists.size[first_row + row] = size;
     }
@@ -364,19 +364,19 @@ void scan_panel_quantized(const HeadView<Element>& view, const RowBlock& block, 
                           RowLists<float>& lists) {
   const int64_t depth = view.problem.head_dim / kPerWord, index = kv_index * keys.panels_per_head + panel;
   const uint32_t* packed_panel = keys.data.data() + index * keys.panel_size;
-  const PanelNumbers numbers{static_cast<int32_t>(panel * kPanelCols)};
+  const PanelConstants constants{static_cast<int32_t>(panel * kPanelCols)};
   for (int64_t group = 0; group < block.num_groups(); ++group) {
     if (!groups.has(group)) continue;
     const uint32_t* rows = queries.data.data() + group * depth * kTileRows;
     const RowBlock::View seen = block.group_view(group, panel, /*has_mask=*/false);
     if (seen == RowBlock::View::kNothing) continue;
     if (seen == RowBlock::View::kEverything) {
-      scan_group_quantized<false>(rows, packed_panel, depth, numbers, group * kTileRows, thresholds, nullptr, lists);
+      scan_group_quantized<false>(rows, packed_panel, depth, constants, group * kTileRows, thresholds, nullptr, lists);
     } else {
       uint64_t allowed[kTileRows];
       for (int row = 0; row < kTileRows; ++row)
-        allowed[row] = allowed_keys(block.key_end[group * kTileRows + row] - numbers.first_key);
-      scan_group_quantized<true>(rows, packed_panel, depth, numbers, group * kTileRows, thresholds, allowed, lists);
+        allowed[row] = allowed_keys(block.key_end[group * kTileRows + row] - constants.first_key);
+      scan_group_quantized<true>(rows, packed_panel, depth, constants, group * kTileRows, thresholds, allowed, lists);
     }
     for (int64_t row = group * kTileRows; row < (group + 1) * kTileRows; ++row) {
       if (__builtin_expect(lists.size[row] < lists.limit[row], 1)) continue;

@@ -242,9 +242,11 @@ struct GroupSet {
 // The keys that the rows of a block may see.
 struct RowBlock {
   int64_t first_row, num_rows;
-  int64_t key_end[kRowBlock];                                                         // per row; 0 past the last row
-  int64_t num_panels;                                                                 // panels that any row may see
-  int64_t least_key_end[kRowBlock / kTileRows], most_key_end[kRowBlock / kTileRows];  // of a group's rows
+  int64_t key_end[kRowBlock];  // per row; 0 past the last row
+  int64_t num_panels;          // panels that any row may see
+
+  // Of the rows of a group.
+  int64_t least_key_end[kRowBlock / kTileRows], most_key_end[kRowBlock / kTileRows];
 
   template <class Element>
   RowBlock(const HeadView<Element>& view, int64_t block) {
@@ -266,7 +268,7 @@ struct RowBlock {
       }
       most = std::max(most, most_key_end[group]);
     }
-    num_panels = (most + kPanelCols - 1) / kPanelCols;
+    num_panels = panels_of(most);
   }
 
   int64_t num_groups() const { return (num_rows + kTileRows - 1) / kTileRows; }

@@ -24,7 +24,7 @@ class TensorMapCache {
   }
 
  private:
-  static constexpr size_t kEntries = 256;  // a training step of 20 layers has as many maps
+  static constexpr size_t kEntries = 1024;  // a training step asks for 20 a layer
 
   struct Entry {
     TensorMapShape shape;
