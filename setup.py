@@ -26,6 +26,7 @@ SOURCES = [
     "csrc/binding.cpp",
     "csrc/binding_entmax.cpp",
     "csrc/cpu/launch.cpp",
+    "csrc/cpu/page_cache.cpp",
     # The same kernels once per instruction set; each file names its own target, so no per-file flags are needed.
     "csrc/cpu/isa/baseline.cpp",
     "csrc/cpu/isa/avx2.cpp",

@@ -8,17 +8,19 @@
 #include <ATen/autocast_mode.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <sys/mman.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
+#include <cstring>
 #include <optional>
 #include <tuple>
 
 #include "adasplash2.h"
 #include "check_tensor.h"
+#include "cpu/page_cache.h"
 #include "cpu/support_layout.h"
 #include "cuda/support_layout.h"
 #include "error.h"
@@ -33,18 +35,41 @@ namespace py = pybind11;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Zeros whose pages are committed as they are written: the support buffer is sized for the worst case that is still
-// saved, so its shape does not depend on the data, but it costs only the memory of the support that there is. Huge
-// pages because it is written from the front: a page fault costs as much as the scan of a row.
-Tensor lazily_committed(int64_t bytes) {
-  constexpr int64_t kWorthMapping = 1 << 16;
-  const auto options = at::TensorOptions().dtype(at::kByte);
-  if (bytes < kWorthMapping) return at::zeros({bytes}, options);
-  void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  TORCH_CHECK(data != MAP_FAILED, "adasplash2: could not map ", bytes, " bytes for the saved support");
-  madvise(data, bytes, MADV_HUGEPAGE);
-  return at::from_blob(data, {bytes}, [bytes](void* mapped) { munmap(mapped, bytes); }, options);
-}
+// The support (support_layout.h) of a forward pass. It is sized for the worst case that is still saved, so that its
+// shape does not depend on the data; but pages are committed as they are written, from the front, so it costs only the
+// memory of what there is. Behind that there are zeros: the same contents for the same input.
+class SupportTensor {
+ public:
+  explicit SupportTensor(const AttentionProblem& problem) : layout_(problem) {
+    constexpr int64_t kWorthMapping = 1 << 16;
+    const int64_t bytes = layout_.bytes();
+    const auto options = at::TensorOptions().dtype(at::kByte);
+    if (bytes < kWorthMapping) {
+      tensor_ = at::zeros({bytes}, options);
+      return;
+    }
+    const cpu::Pages pages = cpu::take_pages(bytes);
+    num_stale_ = static_cast<int64_t>(pages.used);
+    std::memset(pages.data, 0, std::min(num_stale_, layout_.entries_offset()));
+    tensor_ = at::from_blob(
+        pages.data, {bytes},
+        [layout = layout_](void* data) { cpu::give_pages(data, layout.bytes(), layout.used_bytes(data)); }, options);
+  }
+
+  void* data() const { return tensor_.data_ptr(); }
+
+  // When the kernels are done.
+  Tensor finish() const {
+    const int64_t used = layout_.used_bytes(data());
+    if (num_stale_ > used) std::memset(static_cast<char*>(data()) + used, 0, num_stale_ - used);
+    return tensor_;
+  }
+
+ private:
+  cpu::SupportLayout layout_;
+  int64_t num_stale_ = 0;  // bytes from the front that another support may have left
+  Tensor tensor_;
+};
 
 at::ScalarType accumulation_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -68,14 +93,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
       want_aux ? at::zeros({params.batch, params.num_heads, num_tiles(params.num_queries), num_tiles(params.num_keys)},
                            query.options().dtype(at::kByte))
                : at::empty({0}, query.options().dtype(at::kByte));
-  const Tensor support = lazily_committed(want_support ? cpu::support_bytes(params) : 0);
+  std::optional<SupportTensor> support;
+  if (want_support) support.emplace(params);
   params.out = rows(out);
   params.tau = tau.data_ptr();
   params.support_size = support_size.data_ptr<int32_t>();
   params.block_mask = want_aux ? block_mask.data_ptr<uint8_t>() : nullptr;
-  params.support = want_support ? support.data_ptr() : nullptr;
+  params.support = want_support ? support->data() : nullptr;
   cpu::attention_forward(params, torch_threads());
-  return {unpadded_rows(out, value.size(3)), tau, support_size, block_mask, support};
+  return {unpadded_rows(out, value.size(3)), tau, support_size, block_mask,
+          want_support ? support->finish() : at::empty({0}, at::kByte)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(

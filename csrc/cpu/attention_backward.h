@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cpu/attention_forward.h"
+#include "cpu/scatter.h"
 
 namespace adasplash2::cpu::ADASPLASH2_ISA {
 
@@ -482,33 +483,164 @@ class RowStepWorker {
   Buffer<Real> grad_out_, grad_query_;  // [kGatherRows, Dv], [kGatherRows, D]
 };
 
-// What is left of a row's entries in a range of keys.
-template <class Real>
-struct Segment {
-  int64_t row, size;
-  const int32_t* column;
-  const Real *prob, *grad_score;
-
-  void prefetch() const {
-    constexpr int64_t kLine = 64 / sizeof(Real);
-    for (int64_t j = 0; j < size; j += kLine) {
-      __builtin_prefetch(column + j, 0, 2);
-      __builtin_prefetch(prob + j, 0, 2);
-      __builtin_prefetch(grad_score + j, 0, 2);
-    }
-  }
-  void drop(int64_t count) {
-    size -= count;
-    column += count;
-    prob += count;
-    grad_score += count;
-  }
-};
-
 // The chunks [first, last) that one kv head has in a wave.
 struct WavePart {
   int64_t kv, first_chunk, last_chunk;
   bool is_first, is_last;  // wave with chunks of this kv head
+};
+
+template <class Element>
+class KeyStepWorker {
+  using Real = Accumulator<Element>;
+
+ public:
+  KeyStepWorker(BackwardContext<Element>& context, const std::vector<Chunk>& chunks,
+                std::vector<KeyGradients<Real>>& gradients, SupportGradients<Real>& wave)
+      : context_(context),
+        params_(context.params),
+        chunks_(chunks),
+        gradients_(gradients),
+        wave_(wave),
+        group_(params_.head_dim, params_.value_head_dim) {}
+
+  // dK and dV of a range of keys: what every row adds, row after row.
+  void operator()(const WavePart& part, int64_t range) {
+    const int64_t first_key = range * wave_.keys_per_range;
+    const int64_t num_keys = std::min(params_.num_keys - first_key, wave_.keys_per_range);
+    const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
+    KeyGradients<Real>& kept = gradients_[part.kv];
+    const bool is_kept = first_key < kept.num_keys;
+    if (!is_kept) sums_.set_zero(num_keys, params_);
+    Real* key_sums = is_kept ? kept.key(first_key) : sums_.key(0);
+    Real* value_sums = is_kept ? kept.value(first_key) : sums_.value(0);
+    for (int64_t index = part.first_chunk; index < part.last_chunk; ++index) {
+      add_chunk(chunks_[index], range, key_sums - first_key * key_dim, value_sums - first_key * value_dim);
+    }
+    if (!part.is_last) return;
+    const auto write = [&](const Rows& grad, int64_t dim, const Real* from, Real factor) {
+      if (grad.data == nullptr) return;
+      for (int64_t key = first_key; key < first_key + num_keys; ++key, from += dim) {
+        Element* to =
+            mutable_row_pointer<Element>(grad, part.kv / params_.num_kv_heads, part.kv % params_.num_kv_heads, key);
+        for (int64_t d = 0; d < dim; d += kLanes<Real>) store(to + d, load(from + d) * factor);
+      }
+    };
+    write(params_.grad_key, key_dim, key_sums, static_cast<Real>(params_.scale));
+    write(params_.grad_value, value_dim, value_sums, Real(1));
+  }
+
+ private:
+  // key_sums and value_sums are those of key 0.
+  void add_chunk(const Chunk& chunk, int64_t range, Real* key_sums, Real* value_sums) {
+    constexpr int64_t kRowsOfKey = 2;  // of a group, on average, for which it pays to go by keys
+    const HeadView<Element> view = context_.view(chunk.kv, chunk.first_block);
+    const int64_t range_begin = range * wave_.keys_per_range;
+    int64_t num_entries = 0, num_panels = 0, i = chunk.wave_row, entry = chunk.wave_entry;
+    num_segments_ = 0;
+    for_saved_rows(context_, chunk, [&](int64_t row, const EntryList<const Real>& list) {
+      const int64_t begin = range + 1 == wave_.num_ranges ? 0 : wave_.range_ends(range + 1)[i];
+      const int64_t size = wave_.range_ends(range)[i] - begin;
+      if (size > 0) {
+        Segment<Real>& segment = segments_[num_segments_++];
+        segment = {row, size, list.column + begin, wave_.prob.data() + entry + begin,
+                   wave_.grad_score.data() + entry + begin};
+        segment.prefetch();
+        num_panels = std::max(num_panels, (*segment.column - range_begin) / kPanelCols + 1);
+      }
+      num_entries += size;
+      ++i;
+      entry += list.size + kLanes<Real>;
+    });
+    if (num_entries == 0) return;
+    if (context_.wants_mask() && params_.mask.stride_row == 0) add_grad_mask(context_.grad_mask_row(view, 0));
+    if (params_.grad_key.data == nullptr) key_sums = nullptr;
+    if (params_.grad_value.data == nullptr) value_sums = nullptr;
+    if (num_entries * group_.most_rows >= kRowsOfKey * num_segments_ * num_panels * kPanelCols) {
+      add_by_keys(view, range_begin, num_panels, key_sums, value_sums);
+    } else {
+      add_by_rows(view, range_begin, num_entries, key_sums, value_sums);
+    }
+  }
+
+  const Element* query(const HeadView<Element>& view, const Segment<Real>& segment) const {
+    return view.query(segment.row);
+  }
+  const Element* grad_out(const HeadView<Element>& view, const Segment<Real>& segment) const {
+    return row_pointer<Element>(params_.grad_out, view.batch, view.head, segment.row);
+  }
+
+  void add_grad_mask(Real* grad_mask) {
+    for (int64_t s = 0; s < num_segments_; ++s) {
+      const Segment<Real>& segment = segments_[s];
+      for (int64_t j = 0; j < segment.size; ++j)
+        grad_mask[segment.column[j] * params_.mask.stride_col] += segment.grad_score[j];
+    }
+  }
+
+  void add_by_keys(const HeadView<Element>& view, int64_t range_begin, int64_t num_panels, Real* key_sums,
+                   Real* value_sums) {
+    for (int64_t first = 0; first < num_segments_; first += group_.most_rows) {
+      group_.set(
+          segments_ + first, std::min(num_segments_ - first, group_.most_rows),
+          [&](const auto& segment) { return query(view, segment); },
+          [&](const auto& segment) { return grad_out(view, segment); });
+      for (int64_t panel = num_panels - 1; panel >= 0; --panel) {
+        const int64_t first_key = range_begin + panel * kPanelCols;
+        group_.add_panel(first_key, key_sums == nullptr ? nullptr : key_sums + first_key * params_.head_dim,
+                         value_sums == nullptr ? nullptr : value_sums + first_key * params_.value_head_dim);
+      }
+    }
+  }
+
+  // A few keys at a time, whose sums stay in the L1 cache.
+  void add_by_rows(const HeadView<Element>& view, int64_t range_begin, int64_t num_entries, Real* key_sums,
+                   Real* value_sums) {
+    constexpr int64_t kEntriesAtOnce = 4;  // of a row, on average: what it costs to load a row once more
+    const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
+    const int64_t panels = kEntriesAtOnce * num_segments_ * wave_.keys_per_range / num_entries / kPanelCols + 1;
+    // Of a query and of a grad_out, where both are added and fit the registers together.
+    const bool adds_both = key_sums != nullptr && value_sums != nullptr && key_dim == value_dim &&
+                           2 * key_dim <= kScatteredVectors * kLanes<Real>;
+    const int64_t num_vectors = adds_both ? key_dim / kLanes<Real> : 0;
+    for (int64_t last_key = range_begin + wave_.keys_per_range; last_key > range_begin;) {
+      const int64_t first_key = std::max(range_begin, last_key - panels * kPanelCols);
+      for (int64_t s = 0; s < num_segments_; ++s) {
+        Segment<Real>& segment = segments_[s];
+        const Element *query_row = query(view, segment), *grad_out_row = grad_out(view, segment);
+        int64_t count = 0;
+        const auto add_both = [&](auto vectors) {
+          count = scatter_two_sums<vectors>(query_row, grad_out_row, segment.column, segment.grad_score, segment.prob,
+                                            segment.size, first_key, key_sums, value_sums);
+        };
+        if (num_vectors == 1) {
+          add_both(std::integral_constant<int, 1>());
+        } else if (num_vectors == 2) {
+          add_both(std::integral_constant<int, 2>());
+        } else if (num_vectors == 4) {
+          add_both(std::integral_constant<int, 4>());
+        } else if (num_vectors == 8) {
+          add_both(std::integral_constant<int, 8>());
+        } else {
+          while (count < segment.size && segment.column[count] >= first_key) ++count;
+          if (key_sums != nullptr) scatter_sum(query_row, key_dim, segment.column, segment.grad_score, count, key_sums);
+          if (value_sums != nullptr)
+            scatter_sum(grad_out_row, value_dim, segment.column, segment.prob, count, value_sums);
+        }
+        segment.drop(count);
+      }
+      last_key = first_key;
+    }
+  }
+
+  BackwardContext<Element>& context_;
+  const AttentionBackward& params_;
+  const std::vector<Chunk>& chunks_;
+  std::vector<KeyGradients<Real>>& gradients_;
+  SupportGradients<Real>& wave_;
+  KeyGradients<Real> sums_;  // of a range, where the head's are not kept
+  Segment<Real> segments_[kGatherRows];
+  int64_t num_segments_ = 0;
+  RowGroup<Element> group_;
 };
 
 template <class Element>
@@ -518,8 +650,8 @@ class ListGradients {
  public:
   ListGradients(BackwardContext<Element>& context, const std::vector<Chunk>& chunks,
                 std::vector<KeyGradients<Real>>& gradients, const Parallel& parallel)
-      : context_(context), params_(context.params), chunks_(chunks), gradients_(gradients), parallel_(parallel) {
-    wave_.set_ranges(params_, context.num_kv);
+      : context_(context), chunks_(chunks), gradients_(gradients), parallel_(parallel) {
+    wave_.set_ranges(context.params, context.num_kv);
   }
 
   int64_t row_bytes() const { return wave_.row_bytes(); }
@@ -540,105 +672,14 @@ class ListGradients {
     });
     if (!context_.has_key_step()) return;
     run_tasks(parallel_, parts.size() * wave_.num_ranges, [&] {
-      return [&, sums = KeyGradients<Real>()](int64_t task) mutable {
-        sum_range(parts[task / wave_.num_ranges], task % wave_.num_ranges, sums);
+      return [&, worker = KeyStepWorker<Element>(context_, chunks_, gradients_, wave_)](int64_t task) mutable {
+        worker(parts[task / wave_.num_ranges], task % wave_.num_ranges);
       };
     });
   }
 
  private:
-  // dK and dV of a range of keys: what every row adds, row after row.
-  void sum_range(const WavePart& part, int64_t range, KeyGradients<Real>& sums) {
-    const int64_t first_key = range * wave_.keys_per_range;
-    const int64_t num_keys = std::min(params_.num_keys - first_key, wave_.keys_per_range);
-    const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
-    KeyGradients<Real>& kept = gradients_[part.kv];
-    const bool is_kept = first_key < kept.num_keys;
-    if (!is_kept) sums.set_zero(num_keys, params_);
-    Real* key_sums = is_kept ? kept.key(first_key) : sums.key(0);
-    Real* value_sums = is_kept ? kept.value(first_key) : sums.value(0);
-    for (int64_t index = part.first_chunk; index < part.last_chunk; ++index) {
-      add_chunk(chunks_[index], range, key_sums - first_key * key_dim, value_sums - first_key * value_dim);
-    }
-    if (!part.is_last) return;
-    const auto write = [&](const Rows& grad, int64_t dim, const Real* from, Real factor) {
-      if (grad.data == nullptr) return;
-      for (int64_t key = first_key; key < first_key + num_keys; ++key, from += dim) {
-        Element* to =
-            mutable_row_pointer<Element>(grad, part.kv / params_.num_kv_heads, part.kv % params_.num_kv_heads, key);
-        for (int64_t d = 0; d < dim; d += kLanes<Real>) store(to + d, load(from + d) * factor);
-      }
-    };
-    write(params_.grad_key, key_dim, key_sums, static_cast<Real>(params_.scale));
-    write(params_.grad_value, value_dim, value_sums, Real(1));
-  }
-
-  // key_sums and value_sums are those of key 0. A few keys at a time, whose sums stay in the L1 cache.
-  void add_chunk(const Chunk& chunk, int64_t range, Real* key_sums, Real* value_sums) {
-    constexpr int64_t kEntriesAtOnce = 4;  // of a row, on average: what it costs to load a row once more
-    const HeadView<Element> view = context_.view(chunk.kv, chunk.first_block);
-    const int64_t key_dim = params_.head_dim, value_dim = params_.value_head_dim;
-    Segment<Real> segments[kGatherRows];
-    int64_t num_segments = 0, num_entries = 0, i = chunk.wave_row, entry = chunk.wave_entry;
-    for_saved_rows(context_, chunk, [&](int64_t row, const EntryList<const Real>& list) {
-      const int64_t begin = range + 1 == wave_.num_ranges ? 0 : wave_.range_ends(range + 1)[i];
-      const int64_t size = wave_.range_ends(range)[i] - begin;
-      if (size > 0) {
-        segments[num_segments++] = {row, size, list.column + begin, wave_.prob.data() + entry + begin,
-                                    wave_.grad_score.data() + entry + begin};
-        segments[num_segments - 1].prefetch();
-      }
-      num_entries += size;
-      ++i;
-      entry += list.size + kLanes<Real>;
-    });
-    if (num_entries == 0) return;
-    const int64_t panels = kEntriesAtOnce * num_segments * wave_.keys_per_range / num_entries / kPanelCols + 1;
-    const int64_t range_begin = range * wave_.keys_per_range;
-    // Of a query and of a grad_out, where both are added and fit the registers together.
-    const bool adds_both = params_.grad_key.data != nullptr && params_.grad_value.data != nullptr &&
-                           key_dim == value_dim && 2 * key_dim <= kScatteredVectors * kLanes<Real>;
-    const int64_t num_vectors = adds_both ? key_dim / kLanes<Real> : 0;
-    for (int64_t last_key = range_begin + wave_.keys_per_range; last_key > range_begin;) {
-      const int64_t first_key = std::max(range_begin, last_key - panels * kPanelCols);
-      for (int64_t s = 0; s < num_segments; ++s) {
-        Segment<Real>& segment = segments[s];
-        const Element* query = view.query(segment.row);
-        const Element* grad_out = row_pointer<Element>(params_.grad_out, view.batch, view.head, segment.row);
-        int64_t count = 0;
-        const auto add_both = [&](auto vectors) {
-          count = scatter_two_sums<vectors>(query, grad_out, segment.column, segment.grad_score, segment.prob,
-                                            segment.size, first_key, key_sums, value_sums);
-        };
-        if (num_vectors == 1) {
-          add_both(std::integral_constant<int, 1>());
-        } else if (num_vectors == 2) {
-          add_both(std::integral_constant<int, 2>());
-        } else if (num_vectors == 4) {
-          add_both(std::integral_constant<int, 4>());
-        } else if (num_vectors == 8) {
-          add_both(std::integral_constant<int, 8>());
-        } else {
-          while (count < segment.size && segment.column[count] >= first_key) ++count;
-          if (params_.grad_key.data != nullptr)
-            scatter_sum(query, key_dim, segment.column, segment.grad_score, count, key_sums);
-          if (params_.grad_value.data != nullptr)
-            scatter_sum(grad_out, value_dim, segment.column, segment.prob, count, value_sums);
-        }
-        if (context_.wants_mask() && params_.mask.stride_row == 0) {
-          Real* grad_mask = context_.grad_mask_row(view, 0);
-          for (int64_t j = 0; j < count; ++j) {
-            grad_mask[segment.column[j] * params_.mask.stride_col] += segment.grad_score[j];
-          }
-        }
-        segment.drop(count);
-      }
-      last_key = first_key;
-    }
-  }
-
   BackwardContext<Element>& context_;
-  const AttentionBackward& params_;
   const std::vector<Chunk>& chunks_;
   std::vector<KeyGradients<Real>>& gradients_;
   const Parallel& parallel_;

@@ -185,7 +185,7 @@ void mark_unmasked(const HeadView<Element>& view, const RowBlock& block, const B
 
 // Strips are faster where rows keep more than this part of their keys; yet a list of a few keys costs little whatever
 // part it is (the first rows of a causal problem).
-constexpr float kStripDensity = 0.20f, kStripSupport = 256;
+constexpr float kStripDensity = 0.35f, kStripSupport = 256;
 constexpr int64_t kFirstEstimate = 4;  // panels scanned before the first estimate of that part; then 8, 16, ...
 constexpr int64_t kEstimatedRows = 8;  // every so many rows are asked
 constexpr int64_t kSampledCols = 256;  // of a strip row, for the first guess at its tau

@@ -81,53 +81,6 @@ ADASPLASH2_INLINE void gather_sum(const MatrixView<Element>& matrix, int64_t dim
   });
 }
 
-// sums[column[j]][0 .. dim) += weight[j] * row, j < count
-template <class Element>
-ADASPLASH2_INLINE void scatter_sum(const Element* row, int64_t dim, const int32_t* column,
-                                   const Accumulator<Element>* weight, int64_t count, Accumulator<Element>* sums) {
-  using Real = Accumulator<Element>;
-  for_pieces<Real>(dim, [&](int64_t first, auto vectors) {
-    constexpr int kVectors = vectors;
-    Vector<Real> x[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) x[v] = load(row + first + v * kLanes<Real>);
-    for (int64_t j = 0; j < count; ++j) {
-      Real* sum = sums + column[j] * dim + first;
-      const Vector<Real> w = broadcast(weight[j]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) store(sum + v * kLanes<Real>, load(sum + v * kLanes<Real>) + w * x[v]);
-    }
-  });
-}
-
-// Two scatter_sum at a time, of rows of kVectors vectors, as long as column[j] >= first_column; returns how many j. One
-// loop, because its end is what costs: there are a few entries only, and nothing foretells how many.
-template <int kVectors, class Element>
-ADASPLASH2_INLINE int64_t scatter_two_sums(const Element* row0, const Element* row1, const int32_t* column,
-                                           const Accumulator<Element>* weight0, const Accumulator<Element>* weight1,
-                                           int64_t most, int64_t first_column, Accumulator<Element>* sums0,
-                                           Accumulator<Element>* sums1) {
-  using Real = Accumulator<Element>;
-  constexpr int64_t kDim = kVectors * kLanes<Real>;
-  Vector<Real> x0[kVectors], x1[kVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) {
-    x0[v] = load(row0 + v * kLanes<Real>);
-    x1[v] = load(row1 + v * kLanes<Real>);
-  }
-  int64_t j = 0;
-  for (; j < most && column[j] >= first_column; ++j) {
-    Real *sum0 = sums0 + column[j] * kDim, *sum1 = sums1 + column[j] * kDim;
-    const Vector<Real> w0 = broadcast(weight0[j]), w1 = broadcast(weight1[j]);
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      store(sum0 + v * kLanes<Real>, load(sum0 + v * kLanes<Real>) + w0 * x0[v]);
-      store(sum1 + v * kLanes<Real>, load(sum1 + v * kLanes<Real>) + w1 * x1[v]);
-    }
-  }
-  return j;
-}
-
 // Sums of kLanes vectors in one vector, by a tree of pairwise additions of neighbours. AVX2 shuffles two vectors within
 // their 128-bit lanes only: there a step between lanes, which adds halves, comes last.
 template <class Real, int kCount>

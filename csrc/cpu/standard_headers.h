@@ -2,8 +2,6 @@
 // set: so no template of the standard library is compiled for an instruction set that the machine may not have.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -21,4 +19,5 @@
 
 #include "adasplash2.h"
 #include "cpu/isa.h"
+#include "cpu/page_cache.h"
 #include "error.h"

@@ -10,10 +10,11 @@
 // A block takes its place when its size is known, so entries fill the buffer from the front, whatever the order in
 // which blocks are done; of the pages behind them nothing is ever touched. A block whose rows keep more than
 // block_capacity entries is not saved; the backward pass then recomputes its scores and takes the gaps from the row
-// origins. The buffer must be zero on entry.
+// origins. What is in front of the entries must be zero on entry.
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "params.h"
 
@@ -52,6 +53,8 @@ struct SupportLayout {
   }
   int64_t entries_offset() const { return aligned(block_offset(num_blocks)); }
   int64_t bytes() const { return entries_offset() + num_blocks * block_capacity * entry_bytes(); }
+
+  int64_t used_bytes(const void* support) const { return entries_offset() + *static_cast<const int64_t*>(support); }
 
   // The entries of a block that was saved, or null.
   const char* saved_block(const void* support, int64_t block) const {

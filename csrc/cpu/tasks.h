@@ -3,7 +3,7 @@
 
 #include "cpu/standard_headers.h"
 
-namespace adasplash2::cpu {
+namespace adasplash2::cpu::ADASPLASH2_ISA {
 
 // make_worker() runs once per thread and returns a callable worker(task); tasks are handed out in order.
 template <class MakeWorker>
@@ -19,8 +19,7 @@ void run_tasks(const Parallel& parallel, int64_t num_tasks, MakeWorker make_work
   else parallel.run(num_threads, body);
 }
 
-// Of a buffer that is large: is all of it used? Then it asks for huge pages; buffers live for one call, and page faults
-// would take as long as what is done with them.
+// Of a buffer that is large: is all of it used? Then it comes from the page cache, in huge pages.
 enum class Use { kWhole, kSparse };
 
 // Uninitialised, cache-line aligned memory that only grows.
@@ -29,26 +28,20 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size) { reserve(size); }
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  Buffer(Buffer&& other) noexcept { swap(other); }
   Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
+    swap(other);
     return *this;
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { free(); }
 
   T* reserve(int64_t size, Use use = Use::kWhole) {  // contents are lost when it grows
     if (size > size_) {
-      std::free(data_);
-      data_ = nullptr;
-      size_ = 0;
-      constexpr size_t kHugePage = size_t{2} << 20;
-      const bool is_large = size * sizeof(T) >= 2 * kHugePage && use == Use::kWhole;
-      const size_t alignment = is_large ? kHugePage : 64;
-      const size_t bytes = (size * sizeof(T) + alignment - 1) / alignment * alignment;
-      data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes));
+      free();
+      const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
+      is_cached_ = bytes >= 2 * kHugePage && use == Use::kWhole;
+      data_ = static_cast<T*>(is_cached_ ? take_pages(bytes).data : std::aligned_alloc(64, bytes));
       if (data_ == nullptr) throw std::bad_alloc();
-      if (is_large) madvise(data_, bytes, MADV_HUGEPAGE);
       size_ = size;
     }
     return data_;
@@ -60,8 +53,22 @@ class Buffer {
   const T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  void swap(Buffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(is_cached_, other.is_cached_);
+  }
+  void free() {
+    if (is_cached_) give_pages(data_, size_ * sizeof(T), size_ * sizeof(T));
+    else std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+    is_cached_ = false;
+  }
+
   T* data_ = nullptr;
   int64_t size_ = 0;
+  bool is_cached_ = false;
 };
 
-}  // namespace adasplash2::cpu
+}  // namespace adasplash2::cpu::ADASPLASH2_ISA
