@@ -7,7 +7,10 @@
 
 namespace adasplash2::cpu::ADASPLASH2_ISA {
 
-constexpr int64_t kStripBytes = 512 << 10;  // of scores; with one panel of K and V it fits the L2 of every server core
+// Of a strip's scores: with one panel of K and V they fit the L2 of every server core. Long rows rather leave it: a strip
+// fetches all of K and V (and adds to all of dK and dV), which must be worth it for its few rows.
+constexpr int64_t kStripBytes = 512 << 10, kMostStripBytes = 4 << 20;
+constexpr int64_t kLeastStripRows = 4 * kTileRows;
 
 constexpr int64_t kStripPadding = 32;  // past the last column: whole groups of columns may be read, and the rows of a
                                        // column do not all fall into one set of the cache
@@ -21,7 +24,8 @@ struct Strip {
   static int64_t stride_for(int64_t num_panels) { return num_panels * kPanelCols + kStripPadding; }
 
   static int64_t rows_for(int64_t num_panels) {
-    const int64_t fitting = kStripBytes / (stride_for(num_panels) * static_cast<int64_t>(sizeof(Real)));
+    const int64_t row_bytes = stride_for(num_panels) * static_cast<int64_t>(sizeof(Real));
+    const int64_t fitting = std::max(kStripBytes / row_bytes, std::min(kMostStripBytes / row_bytes, kLeastStripRows));
     return std::clamp<int64_t>(fitting / kTileRows * kTileRows, kTileRows, kRowBlock);
   }
 
