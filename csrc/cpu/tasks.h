@@ -19,7 +19,8 @@ void run_tasks(const Parallel& parallel, int64_t num_tasks, MakeWorker make_work
   else parallel.run(num_threads, body);
 }
 
-// Of a buffer that is large: is all of it used? Then it comes from the page cache, in huge pages.
+// Of a buffer that is large: is all of it used? Then it comes from the page cache, in huge pages. (What the C library
+// hands out again depends on what was freed before: its thresholds follow the largest block.)
 enum class Use { kWhole, kSparse };
 
 // Uninitialised, cache-line aligned memory that only grows.
@@ -39,7 +40,7 @@ class Buffer {
     if (size > size_) {
       free();
       const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
-      is_cached_ = bytes >= 2 * kHugePage && use == Use::kWhole;
+      is_cached_ = bytes >= kHugePage / 2 && use == Use::kWhole;
       data_ = static_cast<T*>(is_cached_ ? take_pages(bytes).data : std::aligned_alloc(64, bytes));
       if (data_ == nullptr) throw std::bad_alloc();
       size_ = size;
