@@ -7,8 +7,8 @@
 
 namespace adasplash2::cpu::ADASPLASH2_ISA {
 
-// Of a strip's scores: with one panel of K and V they fit the L2 of every server core. Long rows rather leave it: a strip
-// fetches all of K and V (and adds to all of dK and dV), which must be worth it for its few rows.
+// Of a strip's scores: with one panel of K and V they fit the L2 of every server core. Long rows rather leave it: a
+// strip fetches all of K and V (and adds to all of dK and dV), which must be worth it for its few rows.
 constexpr int64_t kStripBytes = 512 << 10, kMostStripBytes = 4 << 20;
 constexpr int64_t kLeastStripRows = 4 * kTileRows;
 
