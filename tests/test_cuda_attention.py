@@ -6,6 +6,7 @@ They run in the emulator with every memory access checked, or on a GPU where the
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 
 import cases
@@ -229,9 +230,16 @@ def test_attn_mask(kind, mask_shape, head_dim):
 
 @only_sm80
 @pytest.mark.parametrize(
-    "mask_shape", [(2, 4, 70, 150), (70, 150), (2, 1, 1, 150), (150,), (4, 70, 1), (2, 1, 70, 150)]
+    "mask_shape, dtype, head_dim",
+    [
+        *itertools.product(
+            [(2, 4, 70, 150), (70, 150), (2, 1, 1, 150), (150,), (4, 70, 1), (2, 1, 70, 150)], [BF16], [64]
+        ),
+        # Other instances: nothing is shared, everything is, and one or the other.
+        *itertools.product([(2, 4, 70, 150), (150,), (2, 1, 1, 150)], [FP32], [128]),
+        *itertools.product([(2, 4, 70, 150), (4, 70, 1)], [BF16, FP32], [256]),
+    ],
 )
-@pytest.mark.parametrize("dtype, head_dim", [(BF16, 64), (BF16, 256), (FP32, 128), (FP32, 256)])
 def test_gradient_of_attn_mask(mask_shape, dtype, head_dim):
     """Broadcast in every dimension; with masked keys, a masked tile, a row without keys, lengths, an alpha a head."""
     shape = Shape(2, 4, 70, 150, head_dim, kv_heads=2)

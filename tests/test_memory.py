@@ -1,4 +1,4 @@
-"""Memory grows with N, not with N^2: a long sequence, forward and backward, in a process of its own."""
+"""Memory: it grows with N, not with N^2 (a long sequence, in a process of its own), and it is used again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 LIMIT_MB = 600  # N x N scores in float32 would be 4096 MB a head
 
@@ -58,3 +59,22 @@ def test_peak_memory(q_scale, num_heads, num_rows, is_causal, supports):
     low, high = supports
     assert low <= result["mean_support"] <= high, result
     assert result["above_mb"] < LIMIT_MB, result
+
+
+@pytest.mark.parametrize("num_threads", [1], indirect=True)  # entries lie in the order in which blocks are done
+def test_memory_of_an_earlier_call_does_not_show(num_threads):
+    """The saved support lies where another one was: the same bytes as the first time, zeros behind the entries."""
+
+    def support(q_scale: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        query, key, value = (torch.randn(1, 2, 1024, 64, generator=generator) for _ in range(3))
+        arguments = (query * q_scale, key, value, None, None, None, 1.5, 0.125, False, False, True)
+        _, _, support_size, _, support = torch.ops.adasplash2.attention_forward(*arguments)
+        assert support_size.float().mean() < 300  # in lists, which are saved
+        return support
+
+    expected, address = support(3.0).clone(), support(3.0).data_ptr()
+    assert support(0.7).count_nonzero() > 2 * expected.count_nonzero()
+    again = support(3.0)
+    assert again.data_ptr() == address, "the memory is new, so this test shows nothing"
+    assert torch.equal(again, expected)
