@@ -135,7 +135,7 @@ class RowGroup {
 
   int64_t most_rows;
 
-  // function(Segment) gives the rows of query and of grad_out.
+  // query and grad_out: functions that give a segment's row.
   template <class Query, class GradOut>
   void set(Segment<Real>* segments, int64_t num_rows, Query query, GradOut grad_out) {
     segments_ = segments;
@@ -183,7 +183,8 @@ class RowGroup {
       uint64_t rows = rows_of_[key];
       if (rows == 0) continue;
       const uint64_t before = (uint64_t{1} << key) - 1;
-      Real *key_sum = key_sums + key * key_dim_ + key_column, *value_sum = value_sums + key * value_dim_ + value_column;
+      Real* key_sum = kKeyVectors > 0 ? key_sums + key * key_dim_ + key_column : nullptr;
+      Real* value_sum = kValueVectors > 0 ? value_sums + key * value_dim_ + value_column : nullptr;
       Vector<Real> of_key[kKeyVectors + 1], of_value[kValueVectors + 1];
 #pragma GCC unroll 8
       for (int v = 0; v < kKeyVectors; ++v) of_key[v] = load(key_sum + v * kLanes<Real>);

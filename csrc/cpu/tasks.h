@@ -19,8 +19,8 @@ void run_tasks(const Parallel& parallel, int64_t num_tasks, MakeWorker make_work
   else parallel.run(num_threads, body);
 }
 
-// Of a buffer that is large: is all of it used? Then it comes from the page cache, in huge pages. (What the C library
-// hands out again depends on what was freed before: its thresholds follow the largest block.)
+// Of a buffer of 1 MB and more: is all of it used? Then it comes from the page cache, in huge pages. (What the C
+// library hands out again depends on what was freed before: its thresholds follow the largest block.)
 enum class Use { kWhole, kSparse };
 
 // Uninitialised, cache-line aligned memory that only grows.
@@ -40,10 +40,11 @@ class Buffer {
     if (size > size_) {
       free();
       const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
-      is_cached_ = bytes >= kHugePage / 2 && use == Use::kWhole;
-      data_ = static_cast<T*>(is_cached_ ? take_pages(bytes).data : std::aligned_alloc(64, bytes));
+      const bool is_large = bytes >= kHugePage / 2 && use == Use::kWhole;
+      data_ = static_cast<T*>(is_large ? take_pages(bytes).data : std::aligned_alloc(64, bytes));
       if (data_ == nullptr) throw std::bad_alloc();
       size_ = size;
+      is_large_ = is_large;
     }
     return data_;
   }
@@ -57,19 +58,19 @@ class Buffer {
   void swap(Buffer& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(size_, other.size_);
-    std::swap(is_cached_, other.is_cached_);
+    std::swap(is_large_, other.is_large_);
   }
   void free() {
-    if (is_cached_) give_pages(data_, size_ * sizeof(T), size_ * sizeof(T));
+    if (is_large_) give_pages(data_, size_ * sizeof(T), size_ * sizeof(T));
     else std::free(data_);
     data_ = nullptr;
     size_ = 0;
-    is_cached_ = false;
+    is_large_ = false;
   }
 
   T* data_ = nullptr;
   int64_t size_ = 0;
-  bool is_cached_ = false;
+  bool is_large_ = false;
 };
 
 }  // namespace adasplash2::cpu::ADASPLASH2_ISA
