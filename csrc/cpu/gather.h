@@ -102,7 +102,56 @@ ADASPLASH2_INLINE Vector<Real> sums_of(const Vector<Real>* x) {
   }
 }
 
+// Of the products of a row with kVectors vectors of x, sums whose total is the dot product.
+template <class Element, int kVectors>
+struct FloatDot {
+  using Real = Accumulator<Element>;
+  Vector<Real> left[kVectors];
+
+  ADASPLASH2_INLINE explicit FloatDot(const Real* x) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) left[v] = load(x + v * kLanes<Real>);
+  }
+  ADASPLASH2_INLINE Vector<Real> operator()(const Element* row) const {
+    Vector<Real> sum = left[0] * load(row);
+#pragma GCC unroll 8
+    for (int v = 1; v < kVectors; ++v) sum += left[v] * load(row + v * kLanes<Real>);
+    return sum;
+  }
+};
+
+#ifdef ADASPLASH2_AVX512
+const bool kHasBFloat16Dot =
+    __builtin_cpu_supports("avx512bf16") != 0;  // Zen 4, Cooper Lake, Sapphire Rapids and newer
+
+// x must hold numbers of bfloat16. Products of two are exact in float; numbers below 2^-126 count as zero.
+template <int kVectors>
+struct BFloat16Dot {
+  static constexpr int kWords = kVectors / 2;
+  __m512i left[kWords];
+
+  ADASPLASH2_INLINE explicit BFloat16Dot(const float* x) {
+#pragma GCC unroll 4
+    for (int w = 0; w < kWords; ++w) {
+      const auto upper = [&](int half) {
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_loadu_si512(x + w * 32 + half * 16), 16));
+      };
+      left[w] = _mm512_inserti64x4(_mm512_castsi256_si512(upper(0)), upper(1), 1);
+    }
+  }
+  ADASPLASH2_INLINE Vector<float> operator()(const BFloat16* row) const {
+    Vector<float> sum = {};
+#pragma GCC unroll 4
+    for (int w = 0; w < kWords; ++w) {
+      asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(left[w]), "m"(*reinterpret_cast<const __m512i_u*>(row + w * 32)));
+    }
+    return sum;
+  }
+};
+#endif
+
 // product[j] = <x, matrix.row(column[j])>; product is written up to the next whole vector. is_cached: as above.
+// x has numbers of the type Element, as floats: a row of its type, or one times a power of two.
 template <class Element>
 ADASPLASH2_INLINE void gather_dot(const Accumulator<Element>* x, const MatrixView<Element>& matrix, int64_t dim,
                                   const int32_t* column, int64_t count, bool is_cached, Accumulator<Element>* product) {
@@ -110,29 +159,30 @@ ADASPLASH2_INLINE void gather_dot(const Accumulator<Element>* x, const MatrixVie
   constexpr int kAll = kLanes<Real>;
   for_pieces<Real>(dim, [&](int64_t first, auto vectors) {
     constexpr int kVectors = vectors;
-    Vector<Real> left[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) left[v] = load(x + first + v * kAll);
-    // kWhole: there are as many entries as fill this vector of products and the next one.
-    const auto multiply = [&](int64_t j, auto whole) __attribute__((always_inline)) {
-      constexpr bool kWhole = whole;
-      Vector<Real> partial[kAll];
+    const auto multiply_all = [&](const auto& dot) __attribute__((always_inline)) {
+      // kWhole: there are as many entries as fill this vector of products and the next one.
+      const auto multiply = [&](int64_t j, auto whole) __attribute__((always_inline)) {
+        constexpr bool kWhole = whole;
+        Vector<Real> partial[kAll];
 #pragma GCC unroll 16
-      for (int i = 0; i < kAll; ++i) {
-        if (!is_cached && (kWhole || j + kAll + i < count))
-          prefetch_row<kVectors>(matrix.row(column[j + kAll + i]) + first);
-        const Element* row = matrix.row(column[kWhole || j + i < count ? j + i : j]) + first;
-        Vector<Real> sum = left[0] * load(row);
-#pragma GCC unroll 8
-        for (int v = 1; v < kVectors; ++v) sum += left[v] * load(row + v * kAll);
-        partial[i] = sum;
-      }
-      const Vector<Real> sums = sums_of<Real, kAll>(partial);
-      store(product + j, first == 0 ? sums : load(product + j) + sums);
+        for (int i = 0; i < kAll; ++i) {
+          if (!is_cached && (kWhole || j + kAll + i < count))
+            prefetch_row<kVectors>(matrix.row(column[j + kAll + i]) + first);
+          partial[i] = dot(matrix.row(column[kWhole || j + i < count ? j + i : j]) + first);
+        }
+        const Vector<Real> sums = sums_of<Real, kAll>(partial);
+        store(product + j, first == 0 ? sums : load(product + j) + sums);
+      };
+      int64_t j = 0;
+      for (; j + 2 * kAll <= count; j += kAll) multiply(j, std::true_type());
+      for (; j < count; j += kAll) multiply(j, std::false_type());
     };
-    int64_t j = 0;
-    for (; j + 2 * kAll <= count; j += kAll) multiply(j, std::true_type());
-    for (; j < count; j += kAll) multiply(j, std::false_type());
+#ifdef ADASPLASH2_AVX512
+    if constexpr (std::is_same_v<Element, BFloat16> && kVectors > 1) {
+      if (kHasBFloat16Dot) return multiply_all(BFloat16Dot<kVectors>(x + first));
+    }
+#endif
+    multiply_all(FloatDot<Element, kVectors>(x + first));
   });
 }
 
