@@ -25,6 +25,7 @@
 #include "cuda/support_layout.h"
 #include "error.h"
 #include "math/block_mask.h"
+#include "page_allocator.h"
 #include "problem_tensors.h"
 #include "torch_threads.h"
 
@@ -85,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_forward_cpu(
                cpu::kHeadDimMultiple);
   const std::array<int64_t, 3> rows_shape{params.batch, params.num_heads, params.num_queries};
   const Tensor out =
-      at::empty({params.batch, params.num_heads, params.num_queries, params.value_head_dim}, query.options());
+      empty_result({params.batch, params.num_heads, params.num_queries, params.value_head_dim}, query.options());
   const Tensor tau = at::empty(rows_shape, query.options().dtype(accumulation_type(query)));
   const Tensor support_size = at::empty(rows_shape, query.options().dtype(at::kInt));
   const auto num_tiles = [](int64_t n) { return (n + 63) / 64; };
@@ -124,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
               "adasplash2: the saved support must be contiguous");
   const Tensor padded_grad_out = padded_rows(grad_out.to(query.scalar_type()), cpu::kHeadDimMultiple);
   const auto gradient = [&](bool is_wanted, const Tensor& like, int64_t dim) {
-    return is_wanted ? at::empty({like.size(0), like.size(1), like.size(2), dim}, query.options())
+    return is_wanted ? empty_result({like.size(0), like.size(1), like.size(2), dim}, query.options())
                      : at::empty({0}, query.options());
   };
   const Tensor grad_query = gradient(wanted[0], query, params.head_dim);

@@ -10,6 +10,7 @@
 
 #include "adasplash2.h"
 #include "check_tensor.h"
+#include "page_allocator.h"
 
 namespace adasplash2 {
 
@@ -63,7 +64,7 @@ at::Tensor run_entmax_forward(const at::Tensor& x, double alpha, const std::opti
   check_floating_point(x, "x");
   dim = at::maybe_wrap_dim(dim, x.dim());
   const at::Tensor dense_x = dense(x);
-  const at::Tensor prob = at::empty_like(dense_x);
+  const at::Tensor prob = empty_result_like(dense_x);
   EntmaxForward params;
   fill_problem(params, dense_x, alpha, dim);
   at::Tensor by_slice;
@@ -92,7 +93,7 @@ std::tuple<at::Tensor, at::Tensor> run_entmax_backward(const at::Tensor& grad_pr
   const at::Tensor dense_grad = laid_out_like(grad_prob, dense_prob);
   EntmaxBackward params;
   fill_problem(params, dense_prob, alpha, dim);
-  const at::Tensor grad_x = wanted[0] ? at::empty_like(dense_prob) : at::empty({0}, prob.options());
+  const at::Tensor grad_x = wanted[0] ? empty_result_like(dense_prob) : at::empty({0}, prob.options());
   at::Tensor by_slice, grad_by_slice;
   if (alpha_slices) {
     by_slice = alpha_by_slice(*alpha_slices, dense_prob, dim);

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+
+import adasplash2
 
 LIMIT_MB = 600  # N x N scores in float32 would be 4096 MB a head
 
@@ -78,3 +82,38 @@ def test_memory_of_an_earlier_call_does_not_show(num_threads):
     again = support(3.0)
     assert again.data_ptr() == address, "the memory is new, so this test shows nothing"
     assert torch.equal(again, expected)
+
+
+def test_results_take_turns_in_the_same_memory():
+    x = torch.randn(1024, 1024)  # 4 MB
+    first = adasplash2.entmax15(x)
+    address, expected = first.data_ptr(), first.clone()
+    second = adasplash2.sparsemax(x)
+    assert second.data_ptr() != address
+    assert torch.equal(first, expected)
+    del first
+    third = adasplash2.entmax15(x)
+    assert third.data_ptr() == address
+    assert torch.equal(third, expected)
+
+
+@pytest.mark.parametrize("num_mb", [1, 2, 3, 4, 17])
+def test_results_are_tensors_as_any_other(num_mb):
+    """Also those whose memory is kept for the next one: from 2 MB on, if their pages are full."""
+    x = torch.randn(num_mb, 512, 512)
+    result = adasplash2.entmax15(x)
+    expected = result.clone()
+    is_kept = result.data_ptr() % (2 << 20) == 0
+    assert is_kept or num_mb in (1, 3)
+    for other in (copy.deepcopy(result), pickle.loads(pickle.dumps(result)), result.resize_(2 * num_mb, 512, 512)):
+        assert torch.equal(other[:num_mb], expected)
+    assert torch.equal(torch.from_numpy(result.resize_(x.shape).numpy()), expected)
+    assert torch.equal(result.share_memory_(), expected)
+
+
+def test_results_of_attention_are_kept():
+    query, key, value = (torch.randn(1, 8, 1024, 64, requires_grad=True) for _ in range(3))  # 2 MB
+    out = adasplash2.entmax_attention(query, key, value)
+    results = (out, *torch.autograd.grad(out, (query, key, value), torch.randn_like(out)))
+    assert len({result.data_ptr() for result in results}) == 4
+    assert all(result.data_ptr() % (2 << 20) == 0 for result in results)

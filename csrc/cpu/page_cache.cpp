@@ -35,14 +35,6 @@ PageCache& cache() {
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-// What is mapped for so many bytes: one of eight sizes between a power of two and the next, so that blocks fit again
-// where sizes depend on the data. What is not touched costs nothing.
-size_t mapped_bytes(size_t bytes) {
-  size_t unit = kHugePage;
-  while (unit * 16 < bytes) unit *= 2;
-  return round_up(bytes, unit);
-}
-
 char* map(size_t bytes) {
   const size_t padded = bytes + kHugePage;
   void* mapped = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -55,6 +47,12 @@ char* map(size_t bytes) {
 }
 
 }  // namespace
+
+size_t mapped_bytes(size_t bytes) {
+  size_t unit = kHugePage;
+  while (unit * 16 < bytes) unit *= 2;
+  return round_up(bytes, unit);
+}
 
 Pages take_pages(size_t bytes) {
   bytes = mapped_bytes(bytes);

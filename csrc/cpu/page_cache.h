@@ -1,4 +1,5 @@
-// Memory for what is large: scratch that lives for a call, the support between a forward pass and its backward pass.
+// Memory for what is large: scratch that lives for a call, the support between a forward pass and its backward pass,
+// results (page_allocator.h).
 //
 // The system hands out such memory page by page, cleared, and takes it back when it is freed, so that every step pays
 // for its pages again: as much as for a third of its arithmetic. Blocks that are given back are therefore kept for the
@@ -17,6 +18,10 @@ struct Pages {
   void* data;
   size_t used;  // bytes from the front that may hold anything; all others are zero
 };
+
+// What a block for so many bytes is mapped as: one of eight sizes between a power of two and the next, so that blocks
+// fit again where sizes depend on the data. What is not touched costs nothing.
+size_t mapped_bytes(size_t bytes);
 
 // At least so many bytes, aligned to kHugePage and committed as they are touched. Throws std::bad_alloc.
 Pages take_pages(size_t bytes);
