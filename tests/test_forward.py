@@ -62,3 +62,21 @@ def test_forward_where_every_eighth_key_stands_out(first):
     query = torch.ones(shape.query)
     key = (2 * z * shape.head_dim**-0.5).expand(shape.head_dim, -1).mT.expand(shape.key)
     tolerance.check(adasplash2.entmax_attention, query, key, value)
+
+
+def test_forward_where_all_products_are_rounded_one_way(isa):
+    """Keys that 8 bits make too large by all of their error bound hide others, made too small, that belong to the
+    support: tau of rounded scores is hardly ever so wrong."""
+    shape = cases.Shape(heads=1, num_queries=13, num_keys=1024)
+    _, _, value, _ = cases.inputs("gaussian", shape)
+    steps = torch.zeros(shape.key)  # of 8 bits, whose largest number is 127
+    steps[..., 0, ::2], steps[..., 0, 1::2] = 127, -127
+    for first, last, sum_of_steps, residual in ((100, 120, 3000, -0.45), (200, 230, 2821, 0.45)):
+        steps[..., first:last, :] = sum_of_steps // shape.head_dim + residual
+        steps[..., first:last, : sum_of_steps % shape.head_dim] += 1
+    # z = sum(key) / 16: the window is 600 steps wide, tau of the first 20 keys 134 below them, the bound 1.8 steps a
+    # product: 29.
+    query, key = torch.ones(shape.query), steps * 16 / 600
+    expected = tolerance.expect(query, key, value)
+    assert (expected.oracle.aux.support_size == 50).all()
+    tolerance.assert_result(tolerance.run(adasplash2.entmax_attention, query, key, value), expected)

@@ -231,7 +231,7 @@ class ForwardWorker {
     const Power<Real, kExponent> power(view.alpha);
     begin_block(view, block);
     if (params_.num_keys > kStripKeys && scan(view, block, power)) {
-      solve_lists(view, block, GroupSet::all(), power);
+      solve_lists(view, block, RowSet().set(), power, kLikelyMargin);
       keep_block(view, block, view.index() * layout_.blocks_per_head + block_index, power);
     } else {
       run_strips(view, block, power);
@@ -408,55 +408,60 @@ class ForwardWorker {
     return false;
   }
 
-  // Scores of the named groups -> tau and gaps; the lists keep the support only.
+  // Scores of the named rows -> tau and gaps; the lists keep the support only.
   template <Exponent kExponent>
-  void solve_lists(const HeadView<Element>& view, const RowBlock& block, GroupSet groups,
-                   const Power<Real, kExponent>& power) {
+  void solve_lists(const HeadView<Element>& view, const RowBlock& block, const RowSet& rows,
+                   const Power<Real, kExponent>& power, Real part_of_margin) {
     constexpr int kLastSteps = 3;
     const Real unit = view.units.unit;
-    GroupSet wrong;
+    RowSet wrong;
     for (int64_t row = 0; row < block.num_rows; ++row) {
-      if (!groups.has(row / kTileRows)) continue;
+      if (!rows[row]) continue;
       convert_sums(row);
-      prune(*lists_, row, power, unit, kLastSteps);
+      prune(*lists_, row, power, unit, kLastSteps, part_of_margin);
     }
-    if (!is_exact_) score_candidates(view, block, groups);
+    if (!is_exact_) score_candidates(view, block, rows);
     for (int64_t first = 0; first < block.num_rows; first += kSearchesAtOnce) {
       TauSearch<Real> searches[kSearchesAtOnce];
       int64_t searched[kSearchesAtOnce], count = 0;
       for (int64_t row = first; row < std::min(block.num_rows, first + kSearchesAtOnce); ++row) {
-        if (!groups.has(row / kTileRows)) continue;
+        if (!rows[row]) continue;
         const int64_t size = lists_->size[row];
         if (lists_->is_poisoned[row] && block.key_end[row] > 0) {
           set_row(row, 0, std::numeric_limits<Real>::quiet_NaN(), unit, 0);
         } else if (size == 0) {
           lists_->lower[row] = -kInfinity<Real>;
           set_row(row, 0, kInfinity<Real>, unit, 0);
-          if (lists_->guess[row] > -kInfinity<Real>) wrong.insert(row / kTileRows);
+          if (lists_->guess[row] > -kInfinity<Real>) wrong.set(row);
         } else {
           pad(lists_->score[row], size);
           const Real score_max = list_max(lists_->score[row], size).max;
-          const Real start = std::max(lists_->lower[row] + lists_->margin[row] - score_max, -1 / unit);
+          const Real start = std::max(lists_->lower[row] + part_of_margin * lists_->margin[row] - score_max, -1 / unit);
           searched[count] = row;
           searches[count++] = {lists_->score[row], size, score_max, start, Real(1), false};
         }
       }
       find_taus(power, searches, count, unit);
       for (int64_t i = 0; i < count; ++i) {
-        if (!keep_support(block, searched[i], searches[i], unit)) wrong.insert(searched[i] / kTileRows);
+        if (!keep_support(block, searched[i], searches[i], unit)) wrong.set(searched[i]);
       }
     }
-    if (!wrong.is_empty()) solve_again(view, block, wrong, power);
+    if (wrong.any()) solve_again(view, block, wrong, power);
   }
 
-  // Groups with a row whose guess was wrong: now every row has a bound that was derived.
+  // Rows whose guess was wrong: now they have bounds that were derived. The others of their groups take no more keys.
   template <Exponent kExponent>
-  void solve_again(const HeadView<Element>& view, const RowBlock& block, GroupSet groups,
+  void solve_again(const HeadView<Element>& view, const RowBlock& block, const RowSet& rows,
                    const Power<Real, kExponent>& power) {
     if constexpr (!std::is_same_v<Real, double>) {
+      GroupSet groups;
       for (int64_t row = 0; row < block.num_rows; ++row) {
-        if (!groups.has(row / kTileRows)) continue;
-        lists_->restart(row, kLeastGrowth);
+        if (rows[row]) {
+          groups.insert(row / kTileRows);
+          lists_->restart(row, kLeastGrowth);
+        } else {
+          lists_->lower[row] = kInfinity<Real>;
+        }
         set_threshold(row);
       }
       const int64_t kv_index = view.batch * params_.num_kv_heads + view.kv_head;
@@ -464,15 +469,16 @@ class ForwardWorker {
         scan_panel_quantized(view, block, groups, quantized_queries_, keys_.quantized, kv_index, panel, power,
                              thresholds_, *lists_);
       }
-      solve_lists(view, block, groups, power);
+      solve_lists(view, block, rows, power, Real(1));
     }
   }
 
-  // The true scores of all candidates of the named groups.
-  void score_candidates(const HeadView<Element>& view, const RowBlock& block, GroupSet groups) {
+  // The true scores of all candidates of the named rows.
+  void score_candidates(const HeadView<Element>& view, const RowBlock& block, const RowSet& rows) {
     const int64_t dim = params_.head_dim;
     for (int64_t row = 0; row < block.num_rows; ++row) {
-      entries_[row] = {lists_->column[row], lists_->score[row], groups.has(row / kTileRows) ? lists_->size[row] : 0};
+      entries_[row] = {lists_->column[row], lists_->score[row], rows[row] ? lists_->size[row] : 0};
+      if (!rows[row]) continue;
       const Element* query = view.query(block.first_row + row);
       for (int64_t d = 0; d < dim; d += kLanes<Real>) {
         store(query_rows_.data() + row * dim + d, load(query + d) * view.units.query_factor);

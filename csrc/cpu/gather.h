@@ -198,7 +198,8 @@ struct EntryList {
 // Rows with long lists are taken by ranges of keys, so that what a block of rows gathers of a matrix stays in the cache
 // from one row to the next; a range should still have this many entries of a row, to fill the vectors of its products.
 constexpr int64_t kEntriesPerRange = 32;
-constexpr int64_t kKeysPerRange = 512;  // at least
+constexpr int64_t kKeysPerRange = 512;       // at least
+constexpr int64_t kCachedBytes = 512 << 10;  // of a matrix that stays in the L2 cache as a whole
 
 // Of a list, from `begin` on: the first column below first_key, a multiple of kPanelCols. Panels are in order, so the
 // columns of the ranges that are left lie together. Not a binary search, whose every step may wait for memory.
@@ -226,6 +227,7 @@ ADASPLASH2_INLINE void for_key_ranges(const EntryList<Accumulator<Element>>* lis
   const int64_t fitting = num_entries / (std::max<int64_t>(num_rows, 1) * kEntriesPerRange);
   const int64_t num_ranges = std::clamp<int64_t>(fitting, 1, (num_keys + kKeysPerRange - 1) / kKeysPerRange);
   const int64_t num_panels = panels_of(num_keys);
+  const bool is_cached = num_ranges > 1 || num_keys * dim * static_cast<int64_t>(sizeof(Element)) <= kCachedBytes;
   for (int64_t range = num_ranges - 1; range >= 0; --range) {
     const int64_t first_key = num_panels * range / num_ranges * kPanelCols;
     for (int64_t row = 0; row < num_rows; ++row) {
@@ -237,7 +239,7 @@ ADASPLASH2_INLINE void for_key_ranges(const EntryList<Accumulator<Element>>* lis
           __builtin_prefetch(later.value + j);
         }
       }
-      if (num_ranges == 1 && row + 1 < num_rows) {
+      if (!is_cached && row + 1 < num_rows) {
         const auto& next = lists[row + 1];
         for (int64_t j = 0; j < std::min(next.size, kPrefetchedRows); ++j) {
           for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(matrix.row(next.column[j]) + d);
@@ -247,8 +249,7 @@ ADASPLASH2_INLINE void for_key_ranges(const EntryList<Accumulator<Element>>* lis
       const int64_t begin = done[row];
       done[row] =
           range == 0 ? list.size : keys_from(list.column + begin, list.column + list.size, first_key) - list.column;
-      if (done[row] > begin)
-        function(row, list.column + begin, list.value + begin, done[row] - begin, /*is_cached=*/num_ranges > 1);
+      if (done[row] > begin) function(row, list.column + begin, list.value + begin, done[row] - begin, is_cached);
     }
   }
 }

@@ -45,6 +45,10 @@ constexpr int64_t kLeastSampled = 32;  // keys of the sample that a row must see
 constexpr float kGuessedMass = 2;  // sum of probabilities that a guess aims at, without the sample's best key: a tau
                                    // that is right to the left, but for one row in a hundred of Gaussian scores
 
+// Of the margin 2 eps, what is kept below the tau of a whole list. eps bounds what rounding does to one score; tau is a
+// mean of many, and off by less than a quarter of eps in Gaussian data, so this is a guess that holds.
+constexpr float kLikelyMargin = 0.625f;
+
 constexpr int64_t kMostQuantizedDim = 512;
 
 inline int64_t sample_stride(int64_t num_keys) { return std::max(kLeastSampleStride, num_keys / kSampleSize); }

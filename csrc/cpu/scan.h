@@ -154,10 +154,10 @@ struct RowLists {
 
 constexpr int32_t kLeastGrowth = 64;  // entries; a list is pruned again when it has grown by this and doubled
 
-// Raises a row's lower bound by so many steps and drops what it rules out.
+// Raises a row's lower bound by so many steps and drops what it rules out. With a part of the margin it is a guess.
 template <class Real, Exponent kExponent>
 __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const Power<Real, kExponent>& power, Real unit,
-                                     int num_steps = 1) {
+                                     int num_steps = 1, Real part_of_margin = 1) {
   const int32_t size = lists.size[row];
   Real* score = lists.score[row];
   if (size == 0) return;
@@ -170,17 +170,21 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
     return;
   }
   const Real score_max = lists.score_max[row] = std::max(lists.score_max[row], top.max);
-  Real t = std::max(lists.lower[row] + lists.margin[row], score_max - 1 / unit);
+  const Real margin = part_of_margin * lists.margin[row];
+  Real t = std::max(lists.lower[row] + margin, score_max - 1 / unit);
   for (int step = 0; step < num_steps; ++step) {
     const Sums<Real> sums = list_sums<false>(power, score, size, Real(0), t, unit);
     if (!(sums.prob > 1 && sums.weight > 0)) break;
     const Real increase = power.norm_step(sums.prob, sums.weight) / unit;
     t += increase;
-    if (increase < lists.margin[row] / 8) break;  // the margin decides
+    if (increase < margin / 8) break;  // the margin decides
   }
   // What the margin keeps too much is dropped at the end; what rounding could lose would have a gap of this size.
   t -= tau_rounding(size, t, unit);
-  lists.lower[row] = std::max(lists.lower[row], t - lists.margin[row]);
+  if (t - margin > lists.lower[row]) {
+    lists.lower[row] = t - margin;
+    if (margin < lists.margin[row]) lists.guess[row] = lists.lower[row];
+  }
   const int32_t kept = static_cast<int32_t>(list_keep_above(score, lists.column[row], size, lists.lower[row]));
   lists.size[row] = lists.checked[row] = kept;
   lists.limit[row] = kept + std::max(kLeastGrowth, kept);
@@ -228,7 +232,8 @@ __attribute__((noinline)) void scan_group(const Real* group, const Real* panel, 
   }
 }
 
-// Which groups of a block's rows.
+// Which of a block's rows, and which of their groups.
+using RowSet = std::bitset<kRowBlock>;
 struct GroupSet {
   uint32_t bits = 0;
   static_assert(kRowBlock / kTileRows <= 32, "a bit per group");
@@ -236,7 +241,6 @@ struct GroupSet {
   static GroupSet all() { return {~uint32_t{0}}; }
   void insert(int64_t group) { bits |= uint32_t{1} << group; }
   bool has(int64_t group) const { return (bits >> group & 1) != 0; }
-  bool is_empty() const { return bits == 0; }
 };
 
 // The keys that the rows of a block may see.
