@@ -38,9 +38,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 // The support (support_layout.h) of a forward pass. It is sized for the worst case that is still saved, so that its
 // shape does not depend on the data; but pages are committed as they are written, from the front, so it costs only the
-// memory of what there is. Behind that there are zeros: the same contents for the same input.
+// memory of what there is. Behind that there are zeros, the same contents for the same input, unless nobody looks: then
+// what other supports left stays there, so that a larger one later finds its pages.
 class SupportTensor {
  public:
+  // While one lives, what calls of this thread save is for the backward kernels alone.
+  struct Unseen {
+    Unseen() { is_unseen_ = true; }
+    ~Unseen() { is_unseen_ = false; }
+  };
+
   explicit SupportTensor(const AttentionProblem& problem) : layout_(problem) {
     constexpr int64_t kWorthMapping = 1 << 16;
     const int64_t bytes = layout_.bytes();
@@ -52,9 +59,11 @@ class SupportTensor {
     const cpu::Pages pages = cpu::take_pages(bytes);
     num_stale_ = static_cast<int64_t>(pages.used);
     std::memset(pages.data, 0, std::min(num_stale_, layout_.entries_offset()));
-    tensor_ = at::from_blob(
-        pages.data, {bytes},
-        [layout = layout_](void* data) { cpu::give_pages(data, layout.bytes(), layout.used_bytes(data)); }, options);
+    const int64_t num_left = is_unseen_ ? num_stale_ : 0;
+    const auto give_back = [layout = layout_, num_left](void* data) {
+      cpu::give_pages(data, layout.bytes(), std::max(num_left, layout.used_bytes(data)));
+    };
+    tensor_ = at::from_blob(pages.data, {bytes}, give_back, options);
   }
 
   void* data() const { return tensor_.data_ptr(); }
@@ -62,15 +71,18 @@ class SupportTensor {
   // When the kernels are done.
   Tensor finish() const {
     const int64_t used = layout_.used_bytes(data());
-    if (num_stale_ > used) std::memset(static_cast<char*>(data()) + used, 0, num_stale_ - used);
+    if (num_stale_ > used && !is_unseen_) std::memset(static_cast<char*>(data()) + used, 0, num_stale_ - used);
     return tensor_;
   }
 
  private:
+  static thread_local bool is_unseen_;
   cpu::SupportLayout layout_;
-  int64_t num_stale_ = 0;  // bytes from the front that another support may have left
+  int64_t num_stale_ = 0;  // bytes from the front that other supports may have left
   Tensor tensor_;
 };
+
+thread_local bool SupportTensor::is_unseen_ = false;
 
 at::ScalarType accumulation_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -208,6 +220,7 @@ struct AttentionFunction : torch::autograd::Function<AttentionFunction> {
                                                 const OptionalTensor& key_lengths, const OptionalTensor& alpha_heads,
                                                 double alpha, double scale, bool is_causal, bool want_aux) {
     at::AutoDispatchBelowADInplaceOrView guard;
+    const SupportTensor::Unseen unseen;
     auto [out, tau, support_size, block_mask, support] =
         attention_forward(query, key, value, attn_mask, key_lengths, alpha_heads, alpha, scale, is_causal, want_aux,
                           /*want_support=*/true);

@@ -84,6 +84,21 @@ def test_memory_of_an_earlier_call_does_not_show(num_threads):
     assert torch.equal(again, expected)
 
 
+def test_supports_of_earlier_steps_do_not_show():
+    """A training step leaves its support where the next one's goes; of a larger one something stays behind that."""
+
+    def gradients(q_scale: float) -> tuple[torch.Tensor, ...]:
+        generator = torch.Generator().manual_seed(0)
+        leaves = [torch.randn(1, 2, 1024, 64, generator=generator).requires_grad_() for _ in range(3)]
+        out = adasplash2.entmax_attention(leaves[0] * q_scale, *leaves[1:])
+        return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    expected = {q_scale: gradients(q_scale) for q_scale in (3.0, 0.7)}
+    for q_scale in (0.7, 3.0, 3.0, 0.7):
+        assert all(map(torch.equal, gradients(q_scale), expected[q_scale]))
+    test_memory_of_an_earlier_call_does_not_show(1)
+
+
 def test_results_take_turns_in_the_same_memory():
     x = torch.randn(1024, 1024)  # 4 MB
     first = adasplash2.entmax15(x)
