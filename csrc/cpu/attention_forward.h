@@ -186,6 +186,7 @@ void mark_unmasked(const HeadView<Element>& view, const RowBlock& block, const B
 // Strips are faster where rows keep more than this part of their keys; yet a list of a few keys costs little whatever
 // part it is (the first rows of a causal problem).
 constexpr float kStripDensity = 0.35f, kStripSupport = 256;
+constexpr int kLastSteps = 3;          // of the bound of a whole list
 constexpr int64_t kFirstEstimate = 4;  // panels scanned before the first estimate of that part; then 8, 16, ...
 constexpr int64_t kEstimatedRows = 8;  // every so many rows are asked
 constexpr int64_t kSampledCols = 256;  // of a strip row, for the first guess at its tau
@@ -412,15 +413,16 @@ class ForwardWorker {
   template <Exponent kExponent>
   void solve_lists(const HeadView<Element>& view, const RowBlock& block, const RowSet& rows,
                    const Power<Real, kExponent>& power, Real part_of_margin) {
-    constexpr int kLastSteps = 3;
     const Real unit = view.units.unit;
     RowSet wrong;
-    for (int64_t row = 0; row < block.num_rows; ++row) {
-      if (!rows[row]) continue;
-      convert_sums(row);
-      prune(*lists_, row, power, unit, kLastSteps, part_of_margin);
+    if (is_exact_) {
+      for (int64_t row = 0; row < block.num_rows; ++row) {
+        if (rows[row]) prune(*lists_, row, power, unit, kLastSteps);
+      }
+    } else {
+      cut_lists(block, rows, power, unit, part_of_margin);
+      score_candidates(view, block, rows);
     }
-    if (!is_exact_) score_candidates(view, block, rows);
     for (int64_t first = 0; first < block.num_rows; first += kSearchesAtOnce) {
       TauSearch<Real> searches[kSearchesAtOnce];
       int64_t searched[kSearchesAtOnce], count = 0;
@@ -470,6 +472,46 @@ class ForwardWorker {
                              thresholds_, *lists_);
       }
       solve_lists(view, block, rows, power, Real(1));
+    }
+  }
+
+  // Drops what is a part of the margin below the tau of quantised scores; with less than all of it, that is a guess.
+  template <Exponent kExponent>
+  void cut_lists(const RowBlock& block, const RowSet& rows, const Power<Real, kExponent>& power, Real unit,
+                 Real part_of_margin) {
+    for (int64_t first = 0; first < block.num_rows; first += kSearchesAtOnce) {
+      TauSearch<Real> searches[kSearchesAtOnce];
+      Real margin[kSearchesAtOnce];
+      int64_t searched[kSearchesAtOnce], count = 0;
+      for (int64_t row = first; row < std::min(block.num_rows, first + kSearchesAtOnce); ++row) {
+        const int64_t size = lists_->size[row];
+        if (!rows[row] || size == 0) continue;
+        convert_sums(row);
+        pad(lists_->score[row], size);
+        const Real score_max = lists_->score_max[row];
+        margin[count] = part_of_margin * lists_->margin[row];
+        const Real start = std::max(lists_->lower[row] + margin[count] - score_max, -1 / unit);
+        searched[count] = row;
+        searches[count++] = {lists_->score[row], size, score_max, start, Real(1), false};
+      }
+      take_steps<false>(power, searches, count, unit, kLastSteps, [&](TauSearch<Real>& search, const Sums<Real>& sums) {
+        search.is_done = !(sums.prob > 1 && sums.weight > 0);
+        if (search.is_done) return;
+        const Real increase = power.norm_step(sums.prob, sums.weight) / unit;
+        search.t += increase;
+        search.is_done = increase < margin[&search - searches] / 8;
+      });
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = searched[i], size = searches[i].size;
+        const Real tau = searches[i].score_max + searches[i].t;
+        const Real bound = tau - tau_rounding(size, tau, unit) - margin[i];
+        if (bound > lists_->lower[row]) {
+          lists_->lower[row] = bound;
+          if (part_of_margin < 1) lists_->guess[row] = bound;
+        }
+        lists_->size[row] =
+            static_cast<int32_t>(list_keep_above(lists_->score[row], lists_->column[row], size, lists_->lower[row]));
+      }
     }
   }
 

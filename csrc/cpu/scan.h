@@ -154,10 +154,10 @@ struct RowLists {
 
 constexpr int32_t kLeastGrowth = 64;  // entries; a list is pruned again when it has grown by this and doubled
 
-// Raises a row's lower bound by so many steps and drops what it rules out. With a part of the margin it is a guess.
+// Raises a row's lower bound by so many steps and drops what it rules out.
 template <class Real, Exponent kExponent>
 __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const Power<Real, kExponent>& power, Real unit,
-                                     int num_steps = 1, Real part_of_margin = 1) {
+                                     int num_steps = 1) {
   const int32_t size = lists.size[row];
   Real* score = lists.score[row];
   if (size == 0) return;
@@ -170,21 +170,17 @@ __attribute__((noinline)) void prune(RowLists<Real>& lists, int64_t row, const P
     return;
   }
   const Real score_max = lists.score_max[row] = std::max(lists.score_max[row], top.max);
-  const Real margin = part_of_margin * lists.margin[row];
-  Real t = std::max(lists.lower[row] + margin, score_max - 1 / unit);
+  Real t = std::max(lists.lower[row] + lists.margin[row], score_max - 1 / unit);
   for (int step = 0; step < num_steps; ++step) {
     const Sums<Real> sums = list_sums<false>(power, score, size, Real(0), t, unit);
     if (!(sums.prob > 1 && sums.weight > 0)) break;
     const Real increase = power.norm_step(sums.prob, sums.weight) / unit;
     t += increase;
-    if (increase < margin / 8) break;  // the margin decides
+    if (increase < lists.margin[row] / 8) break;  // the margin decides
   }
   // What the margin keeps too much is dropped at the end; what rounding could lose would have a gap of this size.
   t -= tau_rounding(size, t, unit);
-  if (t - margin > lists.lower[row]) {
-    lists.lower[row] = t - margin;
-    if (margin < lists.margin[row]) lists.guess[row] = lists.lower[row];
-  }
+  lists.lower[row] = std::max(lists.lower[row], t - lists.margin[row]);
   const int32_t kept = static_cast<int32_t>(list_keep_above(score, lists.column[row], size, lists.lower[row]));
   lists.size[row] = lists.checked[row] = kept;
   lists.limit[row] = kept + std::max(kLeastGrowth, kept);
