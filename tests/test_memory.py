@@ -65,38 +65,42 @@ def test_peak_memory(q_scale, num_heads, num_rows, is_causal, supports):
     assert result["above_mb"] < LIMIT_MB, result
 
 
+def small_inputs(q_scale: float) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 1024, 64, generator=generator) for _ in range(3))
+    return [tensor.requires_grad_() for tensor in (query * q_scale, key, value)]
+
+
+def training_step(q_scale: float) -> tuple[torch.Tensor, ...]:
+    """The gradients."""
+    inputs = small_inputs(q_scale)
+    out = adasplash2.entmax_attention(*inputs)
+    return torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+
 @pytest.mark.parametrize("num_threads", [1], indirect=True)  # entries lie in the order in which blocks are done
 def test_memory_of_an_earlier_call_does_not_show(num_threads):
     """The saved support lies where another one was: the same bytes as the first time, zeros behind the entries."""
 
     def support(q_scale: float) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        query, key, value = (torch.randn(1, 2, 1024, 64, generator=generator) for _ in range(3))
-        arguments = (query * q_scale, key, value, None, None, None, 1.5, 0.125, False, False, True)
+        arguments = (*small_inputs(q_scale), None, None, None, 1.5, 0.125, False, False, True)
         _, _, support_size, _, support = torch.ops.adasplash2.attention_forward(*arguments)
         assert support_size.float().mean() < 300  # in lists, which are saved
         return support
 
     expected, address = support(3.0).clone(), support(3.0).data_ptr()
     assert support(0.7).count_nonzero() > 2 * expected.count_nonzero()
+    training_step(0.7)
+    training_step(3.0)  # behind whose entries those of the step before stay
     again = support(3.0)
     assert again.data_ptr() == address, "the memory is new, so this test shows nothing"
     assert torch.equal(again, expected)
 
 
 def test_supports_of_earlier_steps_do_not_show():
-    """A training step leaves its support where the next one's goes; of a larger one something stays behind that."""
-
-    def gradients(q_scale: float) -> tuple[torch.Tensor, ...]:
-        generator = torch.Generator().manual_seed(0)
-        leaves = [torch.randn(1, 2, 1024, 64, generator=generator).requires_grad_() for _ in range(3)]
-        out = adasplash2.entmax_attention(leaves[0] * q_scale, *leaves[1:])
-        return torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    expected = {q_scale: gradients(q_scale) for q_scale in (3.0, 0.7)}
+    expected = {q_scale: training_step(q_scale) for q_scale in (3.0, 0.7)}
     for q_scale in (0.7, 3.0, 3.0, 0.7):
-        assert all(map(torch.equal, gradients(q_scale), expected[q_scale]))
-    test_memory_of_an_earlier_call_does_not_show(1)
+        assert all(map(torch.equal, training_step(q_scale), expected[q_scale]))
 
 
 def test_results_take_turns_in_the_same_memory():
