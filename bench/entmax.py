@@ -3,7 +3,8 @@
     python -m bench.entmax                                     # all shapes: some minutes on two cores
     python -m bench.entmax --shape 2048x4096 --dtype float32
 
-`clone` is the floor: it reads a tensor and writes one of its size, which is all that the forward pass must do.
+`clone` reads a tensor and writes one of its size, which is all that the forward pass must do. It is the floor where its
+result does not come in fresh pages, whose faults take longer than the copying.
 README.md beside this file says how to read what it prints and writes.
 """
 

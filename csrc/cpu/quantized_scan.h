@@ -45,8 +45,8 @@ constexpr int64_t kLeastSampled = 32;  // keys of the sample that a row must see
 constexpr float kGuessedMass = 2;  // sum of probabilities that a guess aims at, without the sample's best key: a tau
                                    // that is right to the left, but for one row in a hundred of Gaussian scores
 
-// Of the margin 2 eps, what is kept below the tau of a whole list. eps bounds what rounding does to one score; tau is a
-// mean of many, and off by less than a quarter of eps in Gaussian data, so this is a guess that holds.
+// Of the margin 2 eps, what is kept below the tau of a whole list: a guess. eps bounds what rounding does to one score;
+// tau is made of many, and in Gaussian data hardly ever off by a quarter of eps.
 constexpr float kLikelyMargin = 0.625f;
 
 constexpr int64_t kMostQuantizedDim = 512;
